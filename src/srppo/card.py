@@ -1,0 +1,43 @@
+"""The model card beside every saved model."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from srppo.config import RunConfig
+
+_WHAT = {
+    "sft": "supervised fine-tuning on demonstrations",
+    "sft_continued": "supervised fine-tuning on demonstrations, continued with the compute of PPO (a baseline)",
+    "policy": "supervised fine-tuning on demonstrations, then Self-Rewarding PPO (arXiv 2510.21090)",
+}
+
+
+def model_card(config: RunConfig, role: str) -> str:
+    """A README.md with the front matter the Hugging Face hub reads."""
+    reward, ppo = config.reward, config.ppo
+    lines = [
+        "---",
+        f"base_model: {config.model.name}",
+        f"library_name: {'peft' if config.tuning.kind == 'lora' else 'transformers'}",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- srppo",
+        "---",
+        "",
+        f"# {config.model.name}, aligned from demonstrations",
+        "",
+        f"Made by srppo {version('srppo')} from `{config.model.name}` by {_WHAT[role]}.",
+        "",
+        f"- tuning: {config.tuning.kind}" + (f" (rank {config.tuning.lora_rank})" if config.tuning.kind == "lora" else ""),
+        f"- demonstrations: {config.data.demonstrations}",
+        f"- seed: {config.seed}",
+    ]
+    if role == "policy":
+        lines += [
+            f"- reward: log pi_sft - log pi_base, placement {reward.placement}, length normalisation {reward.length_normalization}",
+            f"- KL anchor {reward.kl_anchor}, coefficient {reward.kl_coef}" + (f", target {reward.kl_target}" if reward.kl_target else ""),
+            f"- PPO: {ppo.iterations} rounds of {ppo.prompts_per_iteration} prompts x {ppo.samples_per_prompt} samples, lr {ppo.learning_rate}",
+        ]
+    lines += ["", "The run folder's report.html and summary.json say how it compares with the base and the fine-tuned model.", ""]
+    return "\n".join(lines)

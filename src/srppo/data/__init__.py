@@ -1,0 +1,1 @@
+"""Demonstrations and prompts: files in, tokenised records and an honest report out."""

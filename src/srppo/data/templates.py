@@ -1,0 +1,68 @@
+"""Chat templates: which one is in use, and rendering with it (in transformers' own Jinja sandbox)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from srppo.data.messages import Message, Unusable
+from srppo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# For tokenizers that bring none. Roles are named in plain words a base model has read, a blank line ends a turn, and the
+# end-of-sequence token closes each answer. docs/data.md shows it to users.
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+{{ message['role'] | capitalize }}: {{ message['content'] }}
+{%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}
+{{ '\\n\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}Assistant:{%- endif -%}
+"""
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, bos: str) -> tuple[str, str]:
+    """(name, Jinja text) for data.chat_template.
+
+    option: "auto" (the tokenizer's own, else the plain one), "plain", or the path of a Jinja file. bos: text of the token the
+    tokenizer puts before plain text, "" if none; the plain template starts with it. Raises ConfigError for a file that cannot be
+    read, and for a tokenizer with several templates and no default.
+    """
+    if option == "plain" or (option == "auto" and not tokenizer.chat_template):
+        return "plain", ("{{- bos_token -}}\n" if bos else "") + PLAIN_TEMPLATE
+    if option == "auto":
+        try:
+            return "tokenizer", tokenizer.get_chat_template()
+        except ValueError as error:
+            raise ConfigError(f"data.chat_template: {error}") from None
+    try:
+        return option, Path(option).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.chat_template: {option!r} is neither auto nor plain, nor a readable Jinja file: {error}") from None
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], *, generation_prompt: bool, eos: str = "", bos: str = ""
+) -> str:
+    """Messages as text. eos, bos: given to the template where the tokenizer names no such token of its own.
+
+    Raises Unusable with the template's reason where it refuses the conversation (Gemma's has no system role), ConfigError where
+    the template itself is broken.
+    """
+    import jinja2
+
+    own = tokenizer.special_tokens_map
+    named = {k: v for k, v in {"eos_token": eos, "bos_token": bos}.items() if k not in own}
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt, **named
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None
+    except jinja2.TemplateError as error:
+        raise Unusable(f"the chat template refuses it: {error.message}") from None
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,41 @@
+"""Errors meant for the user: what was wrong, where, why, and what to do. The command prints them without a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class SrppoError(Exception):
+    """Base of every error srppo raises for a cause outside its own code."""
+
+    exit_code = 2
+
+
+class ConfigError(SrppoError):
+    """A recipe or flag that cannot be run."""
+
+
+class DataError(SrppoError):
+    """A demonstration, prompt or evaluation file that cannot be used.
+
+    path and line (1-based, where known) are put before the message.
+    """
+
+    def __init__(self, message: str, path: str | Path | None = None, line: int | None = None):
+        self.path, self.line = path, line
+        where = "" if path is None else f"{path}: " if line is None else f"{path}, line {line}: "
+        super().__init__(where + message)
+
+
+class ModelError(SrppoError):
+    """A model or tokenizer that cannot be loaded, or that does not fit the others."""
+
+
+class RunFolderError(SrppoError):
+    """An output folder that exists, is not a run, is damaged, or cannot be written."""
+
+
+class TrainingStopped(SrppoError):
+    """Training was stopped on purpose (repeated non-finite steps, interruption); the state was saved first."""
+
+    exit_code = 3

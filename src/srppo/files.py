@@ -1,0 +1,143 @@
+"""Writing files so that a crash or a full disk leaves the old one or the new one, and reading JSON back with errors that say where."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from srppo.errors import RunFolderError
+
+_ADVICE = {
+    errno.ENOSPC: "no space is left on the device; free some, or choose another --output; then continue with --resume",
+    errno.EDQUOT: "your disk quota is used up; free some space, or choose another --output; then continue with --resume",
+    errno.EROFS: "the file system is read-only; choose another --output",
+    errno.EACCES: "permission denied; choose an --output that you may write to",
+    errno.EPERM: "the operation is not permitted; choose an --output that you may write to",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; choose another --output",
+    errno.EEXIST: "a file of this name is in the way; choose another --output",
+}
+
+
+@contextlib.contextmanager
+def write_errors(path: str | Path) -> Iterator[None]:
+    """Inside it an OSError becomes a RunFolderError that names the path and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = _ADVICE.get(error.errno or 0, error.strerror or str(error))
+        raise RunFolderError(f"cannot write {path}: {reason}") from error
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Atomic: a temporary file beside it, fsync, rename. Raises RunFolderError; no temporary file stays."""
+    path = Path(path)
+    with write_errors(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; results are shared like any other file
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Atomic; NaN and infinity become null."""
+    write_bytes(path, (json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+
+def write_lines(path: str | Path, records: list[dict[str, Any]]) -> None:
+    """A whole jsonl file, atomic."""
+    write_bytes(path, _lines(records))
+
+
+def append_lines(path: str | Path, records: list[dict[str, Any]]) -> None:
+    """Add records to a jsonl file. Where that fails the file keeps its old length: no half line."""
+    with write_errors(path), open(path, "ab") as stream:
+        size = stream.tell()
+        try:
+            stream.write(_lines(records))
+            stream.flush()
+        except OSError:
+            os.truncate(path, size)
+            raise
+
+
+def repair_lines(path: str | Path) -> None:
+    """Drop a last line that a crash cut off, so that the next record does not continue it."""
+    path = Path(path)
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        write_lines(path, read_lines(path))
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a jsonl file of ours; [] without the file. A last line cut off by a crash is left out.
+
+    Raises RunFolderError, with the line number, for damage anywhere else.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):  # no newline after it
+                break
+            raise RunFolderError(f"{path}, line {number}: damaged (not JSON); delete that line to go on without it") from None
+        if not isinstance(record, dict):
+            raise RunFolderError(f"{path}, line {number}: damaged (not a JSON object); delete that line to go on without it")
+        records.append(record)
+    return records
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file of ours. Raises RunFolderError if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFolderError(f"{path}: no such file; the run did not get so far, or this is not a run folder") from None
+    except (ValueError, OSError) as error:
+        raise RunFolderError(f"{path}: cannot be read ({error})") from None
+
+
+def plain(value: Any) -> Any:
+    """value as JSON can hold it: torch and numpy values unpacked, NaN and infinity to None, tuples and sets to lists, the rest to str."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)
+
+
+def _lines(records: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(plain(r), ensure_ascii=False) + "\n" for r in records).encode("utf-8", "replace")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

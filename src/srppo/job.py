@@ -1,0 +1,154 @@
+"""The whole job and its parts: demonstrations in, an aligned model and an honest table out."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from srppo.config import RunConfig, build, load_recipe, merge
+from srppo.environment import versions
+from srppo.errors import ConfigError
+from srppo.evaluate import paired_gain
+from srppo.files import read_lines
+from srppo.progress import Progress, make_progress
+from srppo.report import write_report
+from srppo.run_folder import is_run
+from srppo.stages import ROLE_OF_STAGE, continued_stage, evaluation_stage, outcome, ppo_stage, sft_stage
+from srppo.train.continued import ROLE as CONTINUED
+from srppo.workspace import Workspace, open_workspace
+
+STAGES = ("base", "sft", CONTINUED, "srppo")
+TITLES = {"base": "base", "sft": "SFT", CONTINUED: "continued SFT", "srppo": "SRPPO"}
+
+
+def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """SFT, Self-Rewarding PPO, the continued-SFT baseline and the evaluation of all. Returns (and writes) the summary.
+
+    resume continues the run in config.output where it stopped; overwrite replaces it.
+    Raises SrppoError for bad input, Interrupted after Ctrl-C with the state saved.
+    """
+    progress = progress or make_progress("live")
+    with open_workspace(config, progress, resume=resume, overwrite=overwrite) as space:
+        evaluation_stage(space, "base")
+        sft_stage(space)
+        evaluation_stage(space, "sft")
+        if config.ppo.iterations:
+            ppo = ppo_stage(space)
+            evaluation_stage(space, "srppo")
+            space.loaded.roles.drop("policy")
+            space.loaded.roles.drop_critic()
+            if config.evaluation.continued_sft and config.sft.checkpoint is None:
+                continued_stage(space, ppo["compute"]["passes"])
+                evaluation_stage(space, CONTINUED)
+        return conclude(space)
+
+
+def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Supervised fine-tuning alone, with its evaluation beside the base's."""
+    progress = progress or make_progress("live")
+    with open_workspace(config, progress, resume=resume, overwrite=overwrite) as space:
+        evaluation_stage(space, "base")
+        sft_stage(space)
+        evaluation_stage(space, "sft")
+        return conclude(space)
+
+
+def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """PPO alone, from sft.checkpoint or from the SFT model that a run in config.output already holds (then pass resume)."""
+    progress = progress or make_progress("live")
+    with open_workspace(config, progress, resume=resume, overwrite=overwrite) as space:
+        if config.sft.checkpoint is None and outcome(space, "sft") is None:
+            raise ConfigError(
+                f"there is no SFT model to start PPO from: set sft.checkpoint, or run `srppo sft` into {config.output} first and add --resume"
+            )
+        sft_stage(space)
+        for stage in ("base", "sft"):
+            evaluation_stage(space, stage)
+        ppo_stage(space)
+        evaluation_stage(space, "srppo")
+        return conclude(space)
+
+
+def run_evaluate(target: str, config: RunConfig | None = None, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Evaluate again what a run folder holds, or evaluate a model beside the base of a recipe.
+
+    target: a run folder (config overrides its own evaluation settings), or a model folder or hub id (then config is needed, and
+    the results go to config.output). Returns the summary.
+    """
+    progress = progress or make_progress("live")
+    if not is_run(target):
+        if config is None:
+            raise ConfigError(f"{target} is not a run folder; to evaluate a model, give a recipe with its base, prompts and scorer too")
+        return align(build(merge(config.model_dump(), {"sft.checkpoint": str(target), "ppo.iterations": 0})), progress=progress)
+    config = config or load_recipe(Path(target) / "config.yaml")
+    config = config.model_copy(update={"output": str(target)})
+    with open_workspace(config, progress, resume=True) as space:
+        roles, run = space.loaded.roles, space.run
+        for stage, folder in (("base", ""), ("sft", "sft"), ("srppo", "policy"), (CONTINUED, CONTINUED)):
+            if stage != "base":
+                if outcome(space, f"evaluate-{stage}") is None or not run.has(folder):
+                    continue
+                roles.load(ROLE_OF_STAGE[stage], run.path / folder)
+            evaluation_stage(space, stage, again=True)
+            if stage not in ("base", "sft"):
+                roles.drop(ROLE_OF_STAGE[stage])
+        return conclude(space)
+
+
+def conclude(space: Workspace) -> dict[str, Any]:
+    """Write summary.json and report.html from the finished stages, and show the table."""
+    summary = summarise(space)
+    space.run.write_json("summary.json", summary)
+    space.run.write_json("elapsed.json", {"seconds": space.elapsed()})
+    write_report(space.run.path)
+    show(summary, space.progress)
+    space.progress.note(f"report: {space.run.path / 'report.html'}")
+    return summary
+
+
+def summarise(space: Workspace) -> dict[str, Any]:
+    """summary.json: for each finished stage its groups, and what the run cost."""
+    summary: dict[str, Any] = {"seed": space.config.seed, "wall_seconds": space.elapsed(), "peak_rss_mb": peak_rss_mb(), "versions": versions()}
+    extras: dict[str, dict[str, Any]] = {"heldout_nll": {}, "lost_and_gained": {}, "forgetting": {}, "compute": {}, "stage_seconds": {}}
+    for stage in STAGES:
+        evaluated = outcome(space, f"evaluate-{stage}")
+        if evaluated is None:
+            continue
+        summary[stage] = evaluated["groups"]
+        for name in ("heldout_nll", "lost_and_gained", "forgetting"):
+            if evaluated.get(name):
+                extras[name][stage] = evaluated[name]
+    for name in ("sft", "ppo", CONTINUED):
+        trained = outcome(space, name)
+        if trained is not None:
+            extras["compute"][name] = trained["compute"]
+            extras["stage_seconds"][name] = trained.get("seconds")
+            summary[f"{name}_training"] = {k: v for k, v in trained.items() if k not in ("compute", "seconds")}
+    answers = {s: read_lines(space.run.path / f"evaluation/{s}.jsonl") for s in STAGES if summary.get(s)}
+    extras["srppo_gain"] = {s: paired_gain(answers[s], answers["srppo"]) for s in answers if s != "srppo" and "srppo" in answers}
+    return summary | extras
+
+
+def show(summary: dict[str, Any], progress: Progress) -> None:
+    """The headline table."""
+    groups = list(dict.fromkeys(g for s in STAGES for g in summary.get(s, {})))
+    for group in groups:
+        rows = []
+        for stage in STAGES:
+            result = summary.get(stage, {}).get(group)
+            if result:
+                percent = [None if result[k] is None else f"{100 * result[k]:.1f} %" for k in ("sampled", "sampled_low", "sampled_high", "greedy")]
+                interval = f"{percent[1]} to {percent[2]}" if percent[1] else ""
+                kept = [percent[0] or "", interval, percent[3] or ""]
+                rows.append([TITLES[stage], *kept, f"{result['mean_length']:.1f}", f"{100 * result['eos_rate']:.0f} %"])
+        n = next(summary[s][group]["n"] for s in STAGES if group in summary.get(s, {}))
+        columns = ["", "sampled", "95 % interval", "greedy", "mean length", "ends"]
+        progress.table(f"{group.replace('_', ' ')} ({n} prompts)", columns, rows)
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process, MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

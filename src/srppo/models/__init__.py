@@ -1,0 +1,1 @@
+"""Loading models, scoring tokens with them, and the roles (base, sft, policy, critic) they play."""

@@ -1,0 +1,122 @@
+"""Full tuning: every role is a model of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from srppo.errors import ModelError
+from srppo.models.plan import plan, share_plan
+from srppo.models.saving import save_model
+from srppo.models.weights import copy_into, distinct_tensors
+
+_HEADLESS = "critic"
+
+
+class FullRoles:
+    """Holds one model a role. base is frozen from the start; others learn until frozen. See roles.Store for the methods."""
+
+    kind = "full"
+
+    def __init__(self, base: PreTrainedModel, load: Callable[[str | None], PreTrainedModel], dtype: torch.dtype, frozen_dtype: torch.dtype):
+        """load(None) reads the base again, load(folder) another model; both in the trained precision `dtype`."""
+        self._load, self._dtype, self._frozen_dtype = load, dtype, frozen_dtype
+        self._models: dict[str, PreTrainedModel] = {"base": base}
+        self._frozen = {"base"}
+
+    def names(self) -> set[str]:
+        return set(self._models)
+
+    def create(self, role: str, source: str) -> None:
+        if source == "base" and self._dtype != self._frozen_dtype:
+            model = self._load(None)  # the base in memory is rounded to the frozen precision
+        else:
+            model = copy.deepcopy(self._models[source])
+            cast_parameters(model, self._dtype)
+        self._add(role, model, source)
+
+    def create_critic(self, source: str) -> None:
+        model = self._models[source]
+        trunk = copy.deepcopy(model.get_decoder())  # no copy of the LM head, except where it is tied to the embedding
+        cast_parameters(trunk, self._dtype)
+        trunk.config._name_or_path = model.name_or_path
+        self._add(_HEADLESS, trunk, source)
+
+    def load(self, role: str, place: str) -> None:
+        model = self._load(place)
+        plan(model)  # may be of another architecture than base
+        self._add(role, model)
+
+    def _add(self, role: str, model: PreTrainedModel, source: str | None = None) -> None:
+        if source is not None:
+            share_plan(model, self._models[source])
+        self._models[role] = model.eval().requires_grad_(True)
+
+    def drop(self, role: str) -> None:
+        del self._models[role]
+        self._frozen.discard(role)
+
+    def freeze(self, role: str) -> None:
+        self._frozen.add(role)
+        cast_parameters(self._models[role].requires_grad_(False), self._frozen_dtype)
+
+    def frozen(self, role: str) -> bool:
+        return role in self._frozen
+
+    @contextmanager
+    def use(self, role: str, train: bool) -> Iterator[PreTrainedModel]:
+        model = self._models[role]
+        modes = [(m, m.training) for m in model.modules()]
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            model.train(train)
+            if train:
+                model.requires_grad_(True)
+            with torch.set_grad_enabled(train):
+                yield model
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        return {} if role in self._frozen else dict(self._models[role].named_parameters())
+
+    def tensors(self, role: str) -> dict[str, Tensor]:
+        return distinct_tensors(self._models[role])
+
+    def load_state(self, role: str, state: dict[str, Tensor]) -> None:
+        copy_into(self.tensors(role), state, role)
+
+    def vocabulary_rows(self, role: str) -> int:
+        return self._models[role].get_input_embeddings().weight.shape[0]
+
+    def write(self, role: str, folder: str) -> None:
+        save_model(self._models[role], folder)
+
+    def model(self, role: str) -> PreTrainedModel:
+        return self._models[role]
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Change the precision of the floating parameters in place. Buffers keep theirs: rotary frequencies in bfloat16 would move every logit."""
+    if all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
+        return
+    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in keep):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def refuse_adapter(place: str) -> ModelError:
+    """The error for an adapter given where full tuning needs a model."""
+    return ModelError(
+        f"{place}: this is an adapter, but tuning.kind is full, where each role is a whole model; set tuning.kind: lora, or merge it into its base"
+    )

@@ -1,0 +1,150 @@
+"""What a model's architecture allows, found out once by asking it: where its head is, and whether rows may be packed.
+
+Reading an architecture's name would be right for those we know; a few tokens through the model are right for all.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from srppo.errors import ModelError
+from srppo.logprobs import Head
+
+_PLANS: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run one model."""
+
+    width: int  # H of the states that enter the head
+    packs: bool  # several examples a row, kept apart by position ids: same states as one a row
+    direct_head: bool  # logits = softcap tanh(multiplier (W h + b) / softcap) reproduces the model's own
+    softcap: float | None = None
+    multiplier: float = 1.0
+
+
+def plan(model: PreTrainedModel) -> Plan:
+    """The model's plan, made at the first call. Raises ModelError for a model that is not causal or has no trunk."""
+    if model not in _PLANS:
+        with torch.no_grad(), evaluating(model):
+            _PLANS[model] = _probe(model)
+    return _PLANS[model]
+
+
+def share_plan(copy: PreTrainedModel, original: PreTrainedModel) -> None:
+    """Give a copy its original's plan, so that it is not probed again."""
+    _PLANS[copy] = plan(original)
+
+
+def head_of(model: PreTrainedModel) -> Head | None:
+    """The model's head as a formula over its weights; None where only the model's own forward is right (its head is not
+    a plain linear layer, or carries an adapter)."""
+    found = plan(model)
+    out = model.get_output_embeddings()
+    if not found.direct_head or type(out) is not nn.Linear:
+        return None
+    return Head(out.weight, out.bias, found.softcap, found.multiplier)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, each module's own mode restored after."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def run_trunk(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """[B, L, H] states after the final norm. ids [B, L], right-padded; no padding mask is needed, see forward.trunk_states."""
+    out = model.get_decoder()(input_ids=ids, use_cache=False, **_positions(positions))
+    states = getattr(out, "last_hidden_state", None)
+    if states is None:
+        raise ModelError(f"{model.name_or_path}: the decoder of {type(model).__name__} returns no hidden states; this architecture is not supported")
+    return states
+
+
+def run_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """[B, L, V] logits by the model's own forward."""
+    return model(input_ids=ids, use_cache=False, **_positions(positions)).logits
+
+
+def _positions(positions: Tensor | None) -> dict[str, Tensor]:
+    return {} if positions is None else {"position_ids": positions}
+
+
+def _probe(model: PreTrainedModel) -> Plan:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(16, device=model.device).reshape(2, 8) * 7 + 1) % vocabulary
+    states = run_trunk(model, ids)
+    _check_causal(model, ids, states)
+    packs = _packs(model, ids, states)
+    if model.get_output_embeddings() is None:  # a bare trunk, such as a critic's
+        return Plan(states.shape[-1], packs, False)
+    softcap, multiplier = _logit_settings(model)
+    trial = Plan(states.shape[-1], packs, True, softcap, multiplier)
+    if not _head_agrees(model, trial, ids, states):
+        warnings.warn(
+            f"{type(model).__name__}: its logits are not those of a plain output layer, so log-probabilities are taken from its full forward "
+            "(right, but with more memory)",
+            stacklevel=3,
+        )
+        return Plan(states.shape[-1], packs, False)
+    return trial
+
+
+def _check_causal(model: PreTrainedModel, ids: Tensor, states: Tensor) -> None:
+    changed = ids.clone()
+    changed[:, -1] = ids[:, 0]
+    if not _same(run_trunk(model, changed)[:, :-1], states[:, :-1]):
+        raise ModelError(
+            f"{model.name_or_path}: {type(model).__name__} is not causal: a later token changes what it says at earlier ones, "
+            "so it cannot write from left to right"
+        )
+
+
+def _packs(model: PreTrainedModel, ids: Tensor, states: Tensor) -> bool:
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        return False  # chunks are counted from the row's start, which a short probe cannot see
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]], device=ids.device)
+    try:
+        packed = run_trunk(model, ids, positions)
+    except TypeError:
+        return False  # takes no position ids
+    apart = torch.cat([run_trunk(model, ids[:1, :3]), run_trunk(model, ids[:1, 3:])], dim=1)
+    return _same(packed, torch.cat([apart, states[1:]]))
+
+
+def _logit_settings(model: PreTrainedModel) -> tuple[float | None, float]:
+    """Soft cap and multiplier under the names transformers' configs give them (Gemma, RecurrentGemma; Cohere, Granite, Falcon-H1)."""
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    multiplier = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
+    return softcap, multiplier / (getattr(config, "logits_scaling", None) or 1.0)
+
+
+def _head_agrees(model: PreTrainedModel, trial: Plan, ids: Tensor, states: Tensor) -> bool:
+    out = model.get_output_embeddings()
+    if type(out) is not nn.Linear or out.weight.shape[1] != states.shape[-1]:
+        return False
+    ours = Head(out.weight, out.bias, trial.softcap, trial.multiplier).logits(states)
+    return _same(ours, run_logits(model, ids))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of their precision, which is far below the effect of a wrong formula."""
+    tolerance = 1e-4 if torch.promote_types(a.dtype, b.dtype) == b.dtype and b.dtype in (torch.float32, torch.float64) else 5e-2
+    a, b = a.float(), b.float()
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-6))

@@ -1,0 +1,152 @@
+"""Where a model's files are, and what is refused before any of them is read: pickle, foreign code, adapters, encoder-decoders."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from srppo.config import ModelConfig
+from srppo.errors import ModelError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's place. location is an absolute folder where local is true, a hub id otherwise."""
+
+    location: str
+    local: bool
+    gguf_file: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.location if self.gguf_file is None else f"{self.location}/{self.gguf_file}"
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments that every from_pretrained of transformers takes for this place."""
+        out: dict[str, Any] = {}
+        if self.gguf_file is not None:
+            out["gguf_file"] = self.gguf_file
+        if self.revision is not None and not self.local:
+            out["revision"] = self.revision
+        return out
+
+
+def find_source(name: str, gguf_file: str | None = None, revision: str | None = None) -> Source:
+    """Where `name` is: a local folder, a GGUF file, a folder whose only model is one GGUF file, or a hub id.
+
+    Raises ModelError for an empty name, a path that does not exist, or a folder with no model or several GGUF files.
+    """
+    if not name:
+        raise ModelError("model.name is empty; set it to a hub id, a local folder or a GGUF file")
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{name}: this is a file; model.name takes a folder, a .gguf file or a hub id")
+        return Source(str(path.parent.resolve()), True, path.name)
+    if path.is_dir():
+        return Source(str(path.resolve()), True, gguf_file or _only_gguf(path))
+    if path.is_absolute() or name.startswith((".", "~")) or "\\" in name or not _HUB_ID.fullmatch(name):
+        raise ModelError(f"{name}: no such file or folder (and it cannot be a hub id, which looks like owner/name); check model.name")
+    return Source(name, False, gguf_file, revision)
+
+
+def model_source(model: ModelConfig) -> Source:
+    """The base model's place."""
+    return find_source(model.name, model.gguf_file, model.revision)
+
+
+def _only_gguf(folder: Path) -> str | None:
+    """The GGUF file of a folder without config.json; None where the folder is an ordinary one."""
+    if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+        return None
+    files = sorted(f.name for f in folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise ModelError(f"{folder}: holds {len(files)} GGUF files ({', '.join(files)}); say which with model.gguf_file")
+    if not files:
+        raise ModelError(f"{folder}: holds no model (neither config.json nor a .gguf file); check the path")
+    return files[0]
+
+
+def read_json(source: Source, name: str) -> dict[str, Any] | None:
+    """A JSON object among the model's files, from the folder or the hub; None where there is no such file. Raises ModelError."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        path = cached_file(
+            source.location,
+            name,
+            revision=None if source.local else source.revision,
+            _raise_exceptions_for_gated_repo=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=True,
+        )
+    except OSError as error:
+        raise ModelError(unreachable(source, error)) from None
+    if path is None:
+        return None
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{source}: {name} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{source}: {name} holds a {type(value).__name__} where an object is expected")
+    return value
+
+
+def refuse_foreign_code(source: Source, config: dict[str, Any], trust_remote_code: bool) -> None:
+    """ModelError for a model whose architecture exists only in Python code that comes with it, unless that is allowed."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type in CONFIG_MAPPING or trust_remote_code:
+        return
+    if "auto_map" in config:
+        raise ModelError(
+            f"{source}: the architecture {model_type!r} runs Python code that comes with the model, which is refused by default; "
+            "read that code, then set model.trust_remote_code: true if you trust it"
+        )
+    raise ModelError(f"{source}: config.json names the architecture {model_type!r}, unknown to the installed transformers; a newer one may know it")
+
+
+def refuse_encoder_decoder(source: Source, config: dict[str, Any]) -> None:
+    """ModelError for a model with an encoder: srppo needs a decoder-only causal language model."""
+    if config.get("is_encoder_decoder"):
+        raise ModelError(
+            f"{source}: this is an encoder-decoder model ({config.get('model_type')}); srppo aligns decoder-only causal language models"
+        )
+
+
+def refuse_pickle(source: Source, allow_pickle: bool) -> None:
+    """ModelError for a local folder whose only weights are pickle files. (Hub models: transformers is told to take safetensors only.)"""
+    if allow_pickle or not source.local or source.gguf_file is not None:
+        return
+    folder = Path(source.location)
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLE and f.name != "training_args.bin")
+    if pickles:
+        raise ModelError(
+            f"{source}: the weights are pickle files ({', '.join(pickles[:3])}), which can run code when loaded, and are refused by default; "
+            "convert them to safetensors, or set model.allow_pickle: true if you trust them"
+        )
+    raise ModelError(f"{source}: holds no weights (*.safetensors)")
+
+
+def is_adapter(source: Source) -> bool:
+    """Whether the place holds a PEFT adapter and no model of its own."""
+    if source.gguf_file is not None:
+        return False
+    return read_json(source, "adapter_config.json") is not None and read_json(source, "config.json") is None
+
+
+def unreachable(source: Source, error: Exception) -> str:
+    """The message for a model that cannot be read: what transformers or the hub said, and what to do."""
+    said = " ".join(str(error).split())[:400]
+    hint = "check the files of this folder" if source.local else "no local folder has this name, and the hub did not provide it: check the name, the revision and the network, or give the path of a local folder"
+    return f"{source}: cannot be loaded ({hint}). Cause: {said}"

@@ -1,0 +1,46 @@
+"""Naming, copying and hashing weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from srppo.errors import ModelError
+
+
+def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, tied ones once (under their first name). The tensors themselves, not copies."""
+    parameters = dict(module.named_parameters())
+    saved = set(module.state_dict(keep_vars=True))
+    return {**parameters, **{n: b for n, b in module.named_buffers() if n in saved}}
+
+
+def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU clones that later training does not touch."""
+    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+
+
+def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], role: str) -> None:
+    """Overwrite tensors in place with a snapshot of the same names and shapes. Raises ModelError before anything is written."""
+    if tensors.keys() != state.keys():
+        odd = sorted(tensors.keys() ^ state.keys())
+        raise ModelError(f"the saved weights of {role} are of another model or tuning: {len(odd)} names differ, such as {odd[0]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != state[name].shape:
+            raise ModelError(f"the saved weights of {role} do not fit: {name} is {list(state[name].shape)}, not {list(tensor.shape)}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(state[name])
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """blake2b (128 bits) over names, types, shapes and bytes, in the order of the names: equal exactly for equal weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

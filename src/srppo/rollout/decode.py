@@ -1,0 +1,145 @@
+"""Decoding one batch: prompts in, sampled tokens out, through a key-value cache that rows leave when they end.
+
+R rows of the batch, r of them not left yet, P prompt columns (left-padded), T response limit, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from srppo.rollout.cache import all_growing, join, new_cache, select
+from srppo.rollout.engine import Sampling
+from srppo.rollout.sampling import draw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFILL_TOKENS = 8192  # prompt tokens, padding included, in one forward pass: bounds the memory of long prompts
+LEAVING_SHARE = 8  # ended rows leave once they are one in so many: moving the cache costs about two steps' attention
+
+
+def checks_every(device: torch.device) -> int:
+    """Steps between asking which rows have ended: on a device apart the answer is waited for."""
+    return 1 if device.type == "cpu" else 8
+
+
+class NextToken:
+    """The model as a function: tokens and a cache in, the logits after each row's last token out."""
+
+    def __init__(self, model: PreTrainedModel, pad_id: int):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT passes its arguments on
+        accepted = inspect.signature(inner.forward).parameters
+        self.model, self.pad_id, self.config, self.device = model, pad_id, inner.config, model.device
+        self.takes_positions = "position_ids" in accepted  # models with ALiBi have none
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def __call__(self, ids: Tensor, attention: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """ids and positions [R, Q]; attention [R, columns so far + Q]. Returns [R, V]."""
+        places = {"position_ids": positions} if self.takes_positions else {}
+        output = self.model(
+            input_ids=ids, attention_mask=attention, past_key_values=cache, use_cache=True, return_dict=True, **places, **self.options
+        )
+        return output.logits[:, -1]
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts as (ids, attention, positions), each [R, P] int64; a row's first token has position 0 wherever it stands."""
+    width = max(len(p) for p in prompts)
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    starts = torch.tensor([[width - len(p)] for p in prompts], device=device)
+    positions = torch.arange(width, device=device) - starts
+    return ids, (positions >= 0).long(), positions.clamp(min=0)
+
+
+def passes(lengths: Sequence[int], tokens: int) -> list[slice]:
+    """Cut rows into runs of at most so many tokens, padding included; a row longer than that is a run by itself."""
+    cuts, start, width = [], 0, 0
+    for row, length in enumerate(lengths):
+        width = max(width, length)
+        if row > start and width * (row + 1 - start) > tokens:
+            cuts.append(slice(start, row))
+            start, width = row, length
+    return [*cuts, slice(start, len(lengths))]
+
+
+def prefill(model: NextToken, prompts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache, Tensor]:
+    """Read R prompts, of which equal ones stand side by side and are read once, in passes of at most PREFILL_TOKENS.
+
+    Returns the cache of R rows and the logits [R, V] that follow the prompts.
+    """
+    counts = Counter(prompts)  # keeps the order
+    distinct, repeats = list(counts), torch.tensor(list(counts.values()))
+    # recurrent states, which some layers keep, cannot be joined
+    runs = passes([len(p) for p in distinct], PREFILL_TOKENS) if all_growing(new_cache(model.config)) else [slice(None)]
+    caches, logits, rows = [], [], []
+    for run in runs:
+        ids, attention, positions = left_padded(distinct[run], model.pad_id, model.device)
+        caches.append(new_cache(model.config))
+        scores = model(ids, attention, positions, caches[-1])
+        rows.append(torch.arange(len(ids)).repeat_interleave(repeats[run]).to(model.device))
+        logits.append(scores.index_select(0, rows[-1]))
+    if len(runs) > 1:
+        return join(caches, rows, max(map(len, distinct))), torch.cat(logits)
+    if len(distinct) < len(prompts):
+        select(caches[0], rows[0])
+    return caches[0], logits[0]
+
+
+def decode(
+    model: NextToken,
+    prompts: Sequence[tuple[int, ...]],
+    uniforms: Tensor | None,
+    eos_ids: Sequence[int],
+    sampling: Sampling,
+    on_ended: Callable[[int], None],
+) -> tuple[Tensor, Tensor]:
+    """Sample a response to each of R prompts, equal ones side by side.
+
+    uniforms: [R, T] float64 on the model's device, None when greedy. on_ended(n): n more rows have ended.
+    Returns tokens [R, T] int64 and their untempered log-probabilities [R, T] float32; what follows a row's first EOS is without meaning.
+    """
+    device, limit = model.device, sampling.max_new_tokens
+    eos = torch.tensor(list(eos_ids), dtype=torch.int64, device=device)
+    tokens = torch.zeros(len(prompts), limit, dtype=torch.int64, device=device)
+    logprobs = torch.zeros(len(prompts), limit, dtype=torch.float32, device=device)
+    lengths = [len(p) for p in prompts]
+    width = max(lengths)
+    pads = torch.tensor([width - n for n in lengths])  # on the CPU: asked for without waiting
+    attention = (torch.arange(width + limit) >= pads[:, None]).long().to(device)  # [r, columns from `first` on]
+    positions = torch.tensor(lengths, device=device)[:, None]
+    rows = torch.arange(len(prompts), device=device)  # [r] the batch row of each row still decoded
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # [r]
+    reported = left = 0
+    every = checks_every(device)
+
+    cache, logits = prefill(model, prompts)
+    for step in range(limit):
+        token, logprob = draw(logits, None if uniforms is None else uniforms[rows, step], sampling)
+        tokens[rows, step], logprobs[rows, step] = token, logprob
+        ended |= torch.isin(token, eos)
+        if step + 1 == limit:
+            break
+        if (step + 1) % every == 0:
+            gone = int(ended.sum())
+            if left + gone > reported:
+                on_ended(left + gone - reported)
+                reported = left + gone
+            if gone == len(rows):
+                break
+            if gone * LEAVING_SHARE >= len(rows):
+                stay = (~ended).nonzero()[:, 0]
+                first = int(pads[stay.cpu()].min()) if all_growing(cache) else 0
+                select(cache, stay, first)
+                rows, ended, token, positions = rows[stay], ended[stay], token[stay], positions[stay]
+                attention, pads, left, width = attention[stay, first:], pads[stay.cpu()] - first, left + gone, width - first
+        logits = model(token[:, None], attention[:, : width + step + 1], positions, cache)
+        positions = positions + 1
+    on_ended(len(prompts) - reported)
+    return tokens, logprobs

@@ -1,0 +1,78 @@
+"""Drawing tokens: filters and the inverse distribution function, row by row.
+
+R rows of the decode batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from srppo.rollout.engine import Sampling
+
+BLOCK = 256  # tokens summed at once in `inverse_cdf`
+
+
+def top_k_filter(scores: Tensor, k: int) -> Tensor:
+    """Scores [R, V] below the k-th largest of their row become -inf; ties with it stay."""
+    least = scores.topk(min(k, scores.shape[-1])).values[:, -1:]
+    return scores.masked_fill(scores < least, -torch.inf)
+
+
+def top_p_filter(scores: Tensor, p: float) -> Tensor:
+    """Nucleus (Holtzman et al. 2020, arXiv 1904.09751, eq. 2): all but the likeliest tokens that together reach p become -inf.
+
+    scores [R, V], logits. The likeliest token stays whatever p is.
+    """
+    ascending, index = scores.sort(dim=-1)
+    tail = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    tail[:, -1] = False
+    return scores.masked_fill(torch.empty_like(tail).scatter_(1, index, tail), -torch.inf)
+
+
+def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token at which the cumulative weight exceeds u times the total, so token v has probability w_v / sum w.
+
+    weights [R, V] float32, at least 0, not normalised; uniforms [R] float64 in [0, 1]. Returns [R] int64.
+    Never a token of weight 0, also at u = 0 and at the very top where a rounded sum may fall short. The search is
+    in two levels (blocks of tokens, then within the block), in float64, as a plain cumulative sum over a large
+    vocabulary is slower and in float32 loses the small probabilities.
+    """
+    rows = torch.arange(len(weights), device=weights.device)
+    blocks = pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # [R, V / BLOCK, BLOCK]
+    ends = blocks.sum(-1).double().cumsum(-1)
+    total = ends[:, -1]
+    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    block = (ends <= target[:, None]).sum(-1).clamp(max=ends.shape[-1] - 1)
+    before = torch.where(block > 0, ends[rows, (block - 1).clamp(min=0)], 0.0)
+    inner = blocks[rows, block].double()  # [R, BLOCK]
+    inside = (inner.cumsum(-1) <= (target - before)[:, None]).sum(-1)
+    last = ((inner > 0) * torch.arange(BLOCK, device=weights.device)).amax(-1)
+    return block * BLOCK + torch.minimum(inside, last)
+
+
+def draw(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """One token a row, and its log-probability under the model itself: untempered, unfiltered, float32.
+
+    logits [R, V]; uniforms [R] float64, None for greedy. Filters apply in Hugging Face's order: temperature, top-k, top-p.
+    Returns tokens [R] int64 and log-probabilities [R] float32.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    if uniforms is None:
+        tokens = logits.argmax(-1)
+    else:
+        tokens = inverse_cdf(_weights(logprobs, sampling), uniforms)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def _weights(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    """[R, V] sampling weights."""
+    if not sampling.biased:
+        return logprobs.exp()
+    scores = logprobs / sampling.temperature
+    if sampling.top_k:
+        scores = top_k_filter(scores, sampling.top_k)
+    if sampling.top_p < 1:
+        scores = top_p_filter(scores, sampling.top_p)
+    return scores.softmax(-1)

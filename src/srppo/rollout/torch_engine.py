@@ -1,0 +1,142 @@
+"""The embedded rollout engine: PyTorch and the transformers model itself, on any device.
+
+Rows are sorted by prompt length into decode batches; a prompt that several rows share is read once; rows that end leave
+their batch. Prompts are padded at the left in here only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from srppo.errors import ConfigError, DataError, ModelError
+from srppo.records import Rollout
+from srppo.rollout.decode import NextToken, decode
+from srppo.rollout.engine import Progress, Sampling
+from srppo.seeding import row_uniforms
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from srppo.models.load import SpecialTokens
+
+AUTOCAST = {"none": None, "bfloat16": torch.bfloat16}
+
+
+class TorchEngine:
+    """A RolloutEngine on the model it is given.
+
+    special: pad id (any valid one: padding is masked) and the EOS ids, of which the first sampled ends a response.
+    batch_size: rows decoded at once; wide is fast, memory grows with it. autocast: none or bfloat16 matrix products.
+    """
+
+    def __init__(self, special: SpecialTokens, batch_size: int, autocast: str = "none"):
+        if batch_size < 1:
+            raise ConfigError(f"rollout.batch_size is {batch_size}; at least one row is decoded at once")
+        if autocast not in AUTOCAST:
+            raise ConfigError(f"model.autocast is {autocast!r}; it is one of {', '.join(AUTOCAST)}")
+        self.special, self.batch_size, self.autocast = special, batch_size, AUTOCAST[autocast]
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        prompt_index: Sequence[int] | None = None,
+        on_progress: Progress | None = None,
+    ) -> Rollout:
+        """One response a row, in the order of the rows (see RolloutEngine). The record's tensors are on the CPU.
+
+        The model is used without gradients, in evaluation mode, and left in the mode it was in.
+        Raises DataError for an empty prompt or one that leaves no room for max_new_tokens within the model's positions,
+        ModelError when the model gives NaN or infinite logits.
+        """
+        assert len(prompts) == len(seeds) and (prompt_index is None or len(prompt_index) == len(prompts))
+        rows = [tuple(p) for p in prompts]
+        limit = sampling.max_new_tokens
+        _check_lengths([len(p) for p in rows], limit, position_limit(model.config))
+        # longest first (too large a batch shows at once), equal prompts side by side
+        order = sorted(range(len(rows)), key=lambda r: (-len(rows[r]), rows[r]))
+        tokens = torch.zeros(len(rows), limit, dtype=torch.int64)
+        logprobs = torch.zeros(len(rows), limit, dtype=torch.float32)
+        ended_rows = 0
+
+        def advance(count: int) -> None:
+            nonlocal ended_rows
+            ended_rows += count
+            if on_progress is not None and count:
+                on_progress(ended_rows, len(rows))
+
+        with self._generating(model):
+            step = NextToken(model, self.special.pad_id)
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                uniforms = None if sampling.deterministic else row_uniforms([seeds[r] for r in batch], limit).to(step.device)
+                sampled, scores = decode(step, [rows[r] for r in batch], uniforms, self.special.eos_ids, sampling, advance)
+                tokens[batch], logprobs[batch] = sampled.cpu(), scores.cpu()
+        return _record(rows, prompt_index, tokens, logprobs, self.special.eos_ids)
+
+    @contextlib.contextmanager
+    def _generating(self, model: PreTrainedModel) -> Iterator[None]:
+        """No gradients, evaluation mode (dropout off, and no gradient checkpointing, which forbids a cache), autocast; then as before."""
+        training = [m for m in model.modules() if m.training]
+        model.eval()
+        device = model.device.type
+        try:
+            # not inference_mode: buffers that a model fills on its way would be unusable in training
+            with torch.no_grad(), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """How many tokens a sequence may have: the model's positions, stretched where its rotary ones are; None if there is no limit."""
+    text: Any = config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    rotary = getattr(text, "rope_parameters", None) or {}
+    for parameters in [rotary, *rotary.values()]:  # one for all layers, or one for each kind of layer
+        if limit and isinstance(parameters, dict) and parameters.get("original_max_position_embeddings") and parameters.get("factor"):
+            limit = max(limit, int(parameters["original_max_position_embeddings"] * parameters["factor"]))
+    return limit
+
+
+def _check_lengths(lengths: Sequence[int], new_tokens: int, limit: int | None) -> None:
+    for row, length in enumerate(lengths):
+        if length == 0:
+            raise DataError(f"prompt {row} has no tokens, so there is nothing to continue; give it text, or a BOS token")
+        if limit is not None and length + new_tokens > limit:
+            raise DataError(
+                f"prompt {row} has {length} tokens; with {new_tokens} new ones it exceeds the model's {limit} positions. "
+                f"Lower rollout.max_new_tokens, or drop prompts over {max(limit - new_tokens, 0)} tokens (data.max_prompt_tokens)"
+            )
+
+
+def _record(
+    prompts: list[tuple[int, ...]], prompt_index: Sequence[int] | None, tokens: Tensor, logprobs: Tensor, eos_ids: Sequence[int]
+) -> Rollout:
+    """tokens and logprobs [B, limit] as a Rollout: cut after each row's first EOS and at the longest response."""
+    is_eos = torch.isin(tokens, torch.tensor(list(eos_ids), dtype=torch.int64))
+    mask = is_eos.cumsum(1) - is_eos.long() == 0  # no EOS before this token
+    if not logprobs[mask].isfinite().all():
+        row, column = ((~logprobs.isfinite()) & mask).nonzero()[0].tolist()
+        raise ModelError(
+            f"the model gives NaN or infinite logits: prompt {row}, response token {column + 1}. "
+            "Its weights have diverged, or its precision overflows; look at the last training metrics, or try float32 or bfloat16"
+        )
+    width = int(mask.sum(1).max()) if len(prompts) else 0
+    mask = mask[:, :width]
+    return Rollout(
+        prompt_ids=[list(p) for p in prompts],
+        prompt_index=list(range(len(prompts))) if prompt_index is None else list(prompt_index),
+        responses=tokens[:, :width] * mask,
+        mask=mask,
+        behaviour_logprobs=torch.where(mask, logprobs[:, :width], 0.0),
+        ended=is_eos.any(1),
+    )

@@ -1,0 +1,210 @@
+"""The stages of a run. Each is done once: its outcome lies in stages/<name>.json, and a resumed run takes it from there."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from srppo.card import model_card
+from srppo.evaluate import Evaluation, GroupResult, evaluate, limit_per_group, lost_and_gained
+from srppo.files import read_lines, write_lines
+from srppo.retention import base_answers, forgetting
+from srppo.train.compute import Compute
+from srppo.train.continued import ROLE as CONTINUED
+from srppo.train.continued import continue_sft
+from srppo.train.interrupt import Interrupted, StopRequested
+from srppo.train.ppo import train_ppo
+from srppo.train.sft import train_sft
+from srppo.train.supervised import heldout_nll
+from srppo.workspace import Workspace
+
+EVALUATION_TITLES = {"base": "Evaluate base", "sft": "Evaluate SFT", CONTINUED: "Evaluate continued SFT", "srppo": "Evaluate SRPPO"}
+ROLE_OF_STAGE = {"base": "base", "sft": "sft", CONTINUED: CONTINUED, "srppo": "policy"}
+
+
+def outcome(space: Workspace, name: str) -> dict[str, Any] | None:
+    """What a finished stage left, or None."""
+    file = f"stages/{name}.json"
+    return space.run.read_json(file) if space.run.has(file) else None
+
+
+def finish(space: Workspace, name: str, content: dict[str, Any]) -> dict[str, Any]:
+    (space.run.path / "stages").mkdir(exist_ok=True)
+    space.run.write_json(f"stages/{name}.json", content)
+    return content
+
+
+def sft_stage(space: Workspace) -> dict[str, Any]:
+    """Leave the role `sft` trained, and `reward` where another checkpoint is the reward's numerator. Writes sft/."""
+    config, roles, run = space.config, space.loaded.roles, space.run
+    done = outcome(space, "sft")
+    if config.sft.checkpoint is not None:
+        roles.load("sft", config.sft.checkpoint)
+        done = done or finish(space, "sft", {"loaded": config.sft.checkpoint, "compute": Compute().to_dict()})
+    elif done is not None:
+        roles.load("sft", run.path / "sft")
+    else:
+        compute, started = Compute(), time.monotonic()
+        result = train_sft(
+            roles,
+            space.loaded.demonstrations.train,
+            space.loaded.demonstrations.heldout,
+            config,
+            run=run,
+            progress=space.progress,
+            compute=compute,
+            interrupt=space.interrupt,
+        )
+        roles.save("sft", run.path / "sft", card=model_card(config, "sft"))
+        done = finish(space, "sft", {**result.to_dict(), "compute": compute.to_dict(), "seconds": time.monotonic() - started})
+        drop_checkpoint(space, "sft")
+    if config.reward.checkpoint != "sft" and not roles.has("reward"):
+        share = config.reward.checkpoint
+        roles.load("reward", share if isinstance(share, str) else run.path / f"sft/checkpoints/share-{share:g}")
+    return done
+
+
+def ppo_stage(space: Workspace) -> dict[str, Any]:
+    """Leave the role `policy` trained by Self-Rewarding PPO. Writes policy/ and critic/."""
+    config, roles, run, loaded = space.config, space.loaded.roles, space.run, space.loaded
+    done = outcome(space, "ppo")
+    if done is not None:
+        roles.load("policy", run.path / "policy")
+        return done
+    compute, started = Compute(), time.monotonic()
+    during = limit_per_group(loaded.evaluation_prompts, config.evaluation.during_prompts)
+
+    def evaluate_now(iteration: int) -> dict[str, float]:
+        result = evaluate(
+            roles,
+            "policy",
+            during,
+            scorer=loaded.scorer,
+            engine=loaded.engine,
+            decode=loaded.decode,
+            max_new_tokens=config.rollout.max_new_tokens,
+            samples=1,
+            seed=config.seed,
+            on_progress=space.interrupt.check,
+        )
+        metrics = {}
+        for name, group in result.groups.items():
+            metrics |= {f"eval/{name}/{k}": v for k in ("sampled", "greedy", "mean_length") if (v := getattr(group, k)) is not None}
+        nll = heldout_nll(roles, "policy", loaded.demonstrations.heldout, config.sft.micro_batch_size)
+        return metrics | ({} if nll is None else {"eval/heldout_nll": nll})
+
+    state = train_ppo(
+        roles,
+        loaded.prompts,
+        config,
+        engine=loaded.engine,
+        sampling=loaded.sampling,
+        run=run,
+        progress=space.progress,
+        compute=compute,
+        interrupt=space.interrupt,
+        decode=loaded.decode,
+        evaluate=evaluate_now if during else lambda _: {},
+    )
+    roles.save("policy", run.path / "policy", card=model_card(config, "policy"))
+    roles.save_critic(run.path / "critic")
+    return finish(
+        space,
+        "ppo",
+        {
+            "iterations": state.iteration,
+            "episodes": state.episodes,
+            "final_beta": state.beta,
+            "skipped_steps": state.policy.total_skips + state.critic.total_skips,
+            "compute": compute.to_dict(),
+            "seconds": time.monotonic() - started,
+        },
+    )
+
+
+def continued_stage(space: Workspace, passes: int) -> dict[str, Any]:
+    """Leave the role `sft_continued` trained with `passes` token passes. Writes sft_continued/."""
+    config, roles, run = space.config, space.loaded.roles, space.run
+    done = outcome(space, CONTINUED)
+    if done is not None:
+        roles.load(CONTINUED, run.path / CONTINUED)
+        return done
+    compute, started = Compute(), time.monotonic()
+    result = continue_sft(
+        roles,
+        space.loaded.demonstrations.train,
+        space.loaded.demonstrations.heldout,
+        config,
+        passes=passes,
+        run=run,
+        progress=space.progress,
+        compute=compute,
+        interrupt=space.interrupt,
+    )
+    roles.save(CONTINUED, run.path / CONTINUED, card=model_card(config, CONTINUED))
+    return finish(space, CONTINUED, {**result.to_dict(), "compute": compute.to_dict(), "seconds": time.monotonic() - started})
+
+
+def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[str, Any]:
+    """Evaluate base, sft, sft_continued or srppo. Writes evaluation/<stage>.jsonl (answers) and stages/evaluate-<stage>.json."""
+    config, loaded = space.config, space.loaded
+    done = outcome(space, f"evaluate-{stage}")
+    if done is not None and not again:
+        return done
+    roles, role, prompts = loaded.roles, ROLE_OF_STAGE[stage], loaded.evaluation_prompts
+    content: dict[str, Any] = {"groups": {}}
+    try:
+        if prompts:
+            total = len(prompts) * (config.evaluation.samples + 1)
+            with space.progress.stage(EVALUATION_TITLES[stage], total, "answers") as ticker:
+
+                def tick(finished: int, _: int) -> None:
+                    space.interrupt.check()
+                    ticker.advance(finished)
+
+                result = evaluate(
+                    roles,
+                    role,
+                    prompts,
+                    scorer=loaded.scorer,
+                    engine=loaded.engine,
+                    decode=loaded.decode,
+                    max_new_tokens=config.rollout.max_new_tokens,
+                    samples=config.evaluation.samples,
+                    seed=config.seed,
+                    on_progress=tick,
+                )
+            (space.run.path / "evaluation").mkdir(exist_ok=True)
+            write_lines(space.run.path / f"evaluation/{stage}.jsonl", result.rows)
+            content["groups"] = result.to_dict()
+            content["lost_and_gained"] = {} if stage == "base" else lost_and_gained(_base_evaluation(space), result)
+        content["heldout_nll"] = heldout_nll(roles, role, loaded.demonstrations.heldout, config.sft.micro_batch_size)
+        if loaded.retention_prompts:
+            content["forgetting"] = _forgetting(space, role)
+    except StopRequested:
+        raise Interrupted(f"stopped while evaluating {stage}; finished stages are saved: continue with --resume") from None
+    return finish(space, f"evaluate-{stage}", content)
+
+
+def _base_evaluation(space: Workspace) -> Evaluation:
+    """The base's evaluation as its stage wrote it."""
+    groups = (outcome(space, "evaluate-base") or {"groups": {}})["groups"]
+    rows: list[dict[str, object]] = [dict(r) for r in read_lines(space.run.path / "evaluation/base.jsonl")]
+    return Evaluation({name: GroupResult(**g) for name, g in groups.items()}, rows)
+
+
+def _forgetting(space: Workspace, role: str) -> dict[str, float]:
+    config, loaded = space.config, space.loaded
+    with space.progress.stage("Retention", 2, "steps") as ticker:
+        answers = base_answers(loaded.roles, loaded.retention_prompts, loaded.engine, config.rollout.max_new_tokens, config.seed)
+        ticker.advance(1)
+        out = forgetting(loaded.roles, role, answers, config.ppo.micro_batch_size)
+        ticker.advance(2, nats_per_token=out["nats_per_token"])
+    return out
+
+
+def drop_checkpoint(space: Workspace, name: str) -> None:
+    """Training state that a finished stage needs no more."""
+    import shutil
+
+    shutil.rmtree(space.run.path / "checkpoints" / name, ignore_errors=True)

@@ -1,0 +1,41 @@
+"""Text for people: safe to show in a terminal, numbers as short as they can honestly be."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_ESCAPES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]?|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|[ -/]*[0-~]?)"  # CSI, OSC, strings, two-byte
+    r"|\x9b[0-?]*[ -/]*[@-~]?"  # CSI as one character
+)
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # all but tab and newline; bidi
+
+
+def clean(text: str) -> str:
+    """text without escape sequences, control characters (tab and newline stay) and marks that reverse the writing direction."""
+    return _CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n")))
+
+
+def number(value: Any) -> str:
+    """A metric in at most six or so characters; other values as clean text."""
+    if isinstance(value, bool) or not isinstance(value, float):
+        return clean(str(value))
+    if value != value:
+        return "nan"
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """3 s, 2 min 05 s, 1 h 07 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """0.7312 as 73.1 %; a dash for None."""
+    return "–" if share is None else f"{100 * share:.{digits}f} %"

@@ -1,0 +1,103 @@
+"""Continued SFT, the baseline PPO must beat: the same SFT model trained further with as much compute as PPO used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from srppo.config import RunConfig
+from srppo.models.roles import Roles
+from srppo.progress import Progress, Stage
+from srppo.records import Example
+from srppo.run_folder import RunFolder
+from srppo.train.compute import Compute
+from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
+from srppo.train.supervised import heldout_nll, new_learner, train_supervised
+
+ROLE = "sft_continued"
+EVALUATIONS = 20  # of the held-out loss over the whole budget
+PATIENCE = 5  # evaluations without a lower held-out loss after which the rest of the budget cannot change what is kept
+
+
+@dataclass(frozen=True)
+class ContinuedResult:
+    budget_steps: int  # optimizer steps that cost as many token passes as PPO
+    trained_steps: int
+    kept_step: int  # 0: no further step lowered the held-out loss, the SFT model itself is kept
+    heldout_nll: float | None
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def budget_steps(examples: Sequence[Example], batch_size: int, passes: int) -> int:
+    """How many SFT steps cost `passes` forward-equivalent token passes (a trained token counts 3)."""
+    mean_tokens = sum(len(e.ids) for e in examples) / len(examples)
+    return max(1, round(passes / (3 * mean_tokens * min(batch_size, len(examples)))))
+
+
+def continue_sft(
+    roles: Roles,
+    examples: Sequence[Example],
+    heldout: Sequence[Example],
+    config: RunConfig,
+    *,
+    passes: int,
+    run: RunFolder,
+    progress: Progress,
+    compute: Compute,
+    interrupt: Interrupt,
+) -> ContinuedResult:
+    """Create the role `sft_continued` from `sft`, train it within the budget, and leave it at its lowest held-out loss.
+
+    Without held-out demonstrations the whole budget is used and the last state kept. An interrupted run starts this stage again.
+    """
+    sft, steps = config.sft, budget_steps(examples, config.sft.batch_size, passes)
+    roles.create(ROLE, "sft")
+    learner = new_learner(roles, ROLE, sft)
+    run.truncate_metrics(0, ROLE)
+    best_nll = heldout_nll(roles, ROLE, heldout, sft.micro_batch_size)
+    best_state, kept_step, done, waited = roles.state(ROLE), 0, 0, 0
+    every = max(1, steps // EVALUATIONS)
+
+    def after_step(step: int, ticker: Stage) -> bool:
+        nonlocal best_nll, best_state, kept_step, done, waited
+        done = step
+        if best_nll is None or (step % every and step != steps):
+            return False
+        nll = heldout_nll(roles, ROLE, heldout, sft.micro_batch_size)
+        assert nll is not None
+        run.log({"stage": ROLE, "step": step, "heldout_nll": nll})
+        ticker.advance(step, heldout_loss=nll)
+        if nll < best_nll:
+            best_nll, best_state, kept_step, waited = nll, roles.state(ROLE), step, 0
+        else:
+            waited += 1
+        return waited >= PATIENCE
+
+    try:
+        train_supervised(
+            roles,
+            ROLE,
+            examples,
+            learner,
+            sft,
+            steps=steps,
+            max_tokens=config.data.max_tokens,
+            first_step=0,
+            seed=config.seed + 1,  # another order of the demonstrations than the SFT's own
+            stage=ROLE,
+            run=run,
+            title="Continued SFT",
+            progress=progress,
+            compute=compute,
+            interrupt=interrupt,
+            after_step=after_step,
+        )
+    except StopRequested:
+        raise Interrupted("stopped during continued SFT, which --resume starts again; SFT and PPO are saved") from None
+    if best_nll is None:
+        kept_step = done
+    else:
+        roles.load_state(ROLE, best_state)
+    return ContinuedResult(steps, done, kept_step, best_nll)

@@ -1,0 +1,145 @@
+"""From prompts to what the PPO update consumes: rollout -> score -> place reward -> advantages. Each step returns a new record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srppo.advantages import generalized_advantages
+from srppo.config import RunConfig
+from srppo.masking import masked_mean, masked_sum, masked_whiten
+from srppo.models.over_rollout import over_rollout, role_logprobs, rollout_tokens
+from srppo.models.roles import Roles
+from srppo.records import Experience, Prompt, Rollout, ScoredRollout
+from srppo.rewards import CoherentReward, RewardOutput, kl_k1
+from srppo.rollout.engine import RolloutEngine, Sampling
+from srppo.seeding import permutation, stream_seed
+from srppo.train.compute import Compute
+
+
+def deal_prompts(count: int, per_iteration: int, seed: int, iteration: int) -> list[int]:
+    """Indices of the prompts of a 1-based iteration: reshuffled passes over all prompts, a pure function of its arguments."""
+    first = (iteration - 1) * per_iteration
+    positions = range(first, first + per_iteration)
+    orders = {epoch: permutation(count, seed, "prompts", epoch) for epoch in {p // count for p in positions}}
+    return [orders[p // count][p % count] for p in positions]
+
+
+def collect(
+    roles: Roles,
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+    iteration: int,
+    compute: Compute,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Rollout:
+    """The policy's responses, `samples` for each prompt. Every row has its own random stream."""
+    index = [i for i in range(len(prompts)) for _ in range(samples)]
+    seeds = [stream_seed(seed, "rollout", iteration, i, s) for i in range(len(prompts)) for s in range(samples)]
+    with roles.use("policy") as model:
+        rollout = engine.generate(model, [prompts[i].ids for i in index], seeds, sampling, index, on_progress)
+    compute.forward_tokens += rollout_tokens(rollout)
+    return rollout
+
+
+def score(roles: Roles, rollout: Rollout, config: RunConfig, compute: Compute, check: Callable[[], None] = lambda: None) -> ScoredRollout:
+    """The frozen models' log-probabilities and the critic's values. A model that serves twice is run once."""
+    rows = config.ppo.micro_batch_size
+    reward_role = "reward" if roles.has("reward") else "sft"
+    needed = {reward_role, "base"} | ({config.reward.kl_anchor} - {"none"})
+    said = {}
+    for role in sorted(needed):
+        check()
+        said[role] = role_logprobs(roles, role, rollout, rows)
+    check()
+    values = over_rollout(roles, rollout, rows, roles.values)
+    compute.forward_tokens += (len(needed) + 1) * rollout_tokens(rollout)
+    return ScoredRollout(rollout, said[reward_role], said["base"], said.get(config.reward.kl_anchor), values)
+
+
+@dataclass(frozen=True)
+class ValueScale:
+    """The critic's units (ours): V = mean + std * critic, from the first round's returns and fixed after it.
+
+    Log-ratios run to tens of nats, and their size is known only once rollouts are scored. In raw units a fresh critic with a small
+    learning rate and a value clip of 0.2 would need hundreds of rounds to reach the mean; in these it starts there.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    @classmethod
+    def of(cls, returns: Tensor) -> ValueScale:
+        """From the whole returns of a round's rollouts [B]."""
+        return cls(float(returns.mean()), max(float(returns.std(unbiased=False)), 1e-3))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A scored rollout's rewards before credit is assigned."""
+
+    reward: RewardOutput
+    kl: Tensor  # [B, T] k1 terms to the anchor, zero without one
+    old_logprobs: Tensor  # [B, T] the ratio's denominator
+    returns: Tensor  # [B] score - beta * KL of the whole response
+
+
+def judge(scored: ScoredRollout, reward: CoherentReward, beta: float, old_logprobs: Tensor | None = None) -> Judged:
+    """Place the reward and measure the KL. old_logprobs [B, T]: the ratio's denominator; the engine's word by default."""
+    mask = scored.rollout.mask
+    old = scored.rollout.behaviour_logprobs if old_logprobs is None else old_logprobs
+    given = reward(scored.lp_reward, scored.lp_base, mask, scored.rollout.ended)
+    kl = torch.zeros_like(old) if scored.lp_anchor is None else kl_k1(old, scored.lp_anchor, mask)
+    return Judged(given, kl, old, masked_sum(given.token_rewards - beta * kl, mask, 1))
+
+
+def make_experience(scored: ScoredRollout, judged: Judged, beta: float, scale: ValueScale, config: RunConfig) -> Experience:
+    """KL penalty subtracted token by token (k1), advantages by GAE and whitened; old_values and returns in the critic's units."""
+    rollout, ppo, mask = scored.rollout, config.ppo, scored.rollout.mask
+    values = torch.where(mask, scale.mean + scale.std * scored.values, 0.0)
+    rewards = judged.reward.token_rewards - beta * judged.kl
+    advantages, returns = generalized_advantages(rewards, values, mask, ppo.gamma, ppo.gae_lambda)
+    if ppo.whiten_advantages:
+        advantages = masked_whiten(advantages, mask & judged.reward.keep[:, None])
+    targets = torch.where(mask, (returns - scale.mean) / scale.std, 0.0)
+    return Experience(rollout, judged.old_logprobs, scored.values, advantages, targets, judged.reward.keep)
+
+
+def round_metrics(judged: Judged, experience: Experience, beta: float, scale: ValueScale) -> dict[str, float]:
+    """Metrics of a round's rollouts, under TRL's names where TRL has one. docs/metrics.md defines each."""
+    rollout, mask, given = experience.rollout, experience.rollout.mask, judged.reward
+    lengths, kl_sums = rollout.lengths.float(), masked_sum(judged.kl, mask, 1)
+    spread = torch.stack([given.scores, lengths])
+    varied = bool((spread.std(1, unbiased=False) > 0).all())
+    residual = masked_variance(experience.returns - experience.old_values, mask)
+    spread_returns = masked_variance(experience.returns, mask)
+    out = {
+        "objective/kl": kl_sums.mean(),
+        "objective/scores": given.scores.mean(),
+        "objective/scores_std": given.scores.std(unbiased=False),
+        "objective/non_score_reward": (-beta * kl_sums).mean(),
+        "objective/rlhf_reward": (given.scores - beta * kl_sums).mean(),
+        "objective/entropy": masked_sum(-experience.old_logprobs, mask, 1).mean(),
+        "objective/log_ratio_per_token": masked_mean(given.log_ratio, mask),
+        "objective/negative_token_share": masked_mean((given.log_ratio < 0).float(), mask),
+        "completions/mean_length": lengths.mean(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": (~rollout.ended).float().mean(),
+        "completions/excluded": (~given.keep).float().sum(),
+        "val/num_eos_tokens": rollout.ended.float().sum(),
+        "reward_length_correlation": torch.corrcoef(spread)[0, 1] if varied else torch.zeros(()),
+        "critic/explained_variance": 1 - residual / spread_returns if spread_returns > 0 else torch.zeros(()),
+        "critic/mean_value": scale.mean + scale.std * masked_mean(experience.old_values, mask),
+    }
+    return {name: float(value) for name, value in out.items()}
+
+
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Population variance over the masked entries."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM, taken at safe points: the first asks the loop to save and stop, a second stops at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from srppo.errors import TrainingStopped
+
+
+class Interrupted(TrainingStopped):
+    """The user or the scheduler stopped the run; the state was saved."""
+
+    exit_code = 130
+
+
+class StopRequested(Exception):
+    """Raised by `Interrupt.check` inside a loop; never leaves it."""
+
+
+class Interrupt:
+    """Context in which the first SIGINT or SIGTERM only sets a flag. Outside the main thread it does nothing."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def check(self, *_: object) -> None:
+        """Raise StopRequested where a signal came in. Takes and ignores arguments, so it can serve as a progress callback."""
+        if self.requested:
+            raise StopRequested

@@ -1,0 +1,102 @@
+"""The supervised loop shared by SFT and continued SFT: batches in, optimizer steps out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from srppo.config import SFTConfig
+from srppo.data.batching import micro_batches, sft_batch, steps_per_epoch
+from srppo.errors import TrainingStopped
+from srppo.losses.supervised import cross_entropy
+from srppo.masking import example_batch, length_sorted_chunks
+from srppo.models.roles import Roles
+from srppo.progress import Progress, Stage
+from srppo.records import Example, LossOutput, TokenBatch
+from srppo.run_folder import RunFolder
+from srppo.train.compute import Compute
+from srppo.train.interrupt import Interrupt
+from srppo.train.learner import Learner, cosine_lr
+
+MAX_SKIPPED_STEPS = 5  # consecutive non-finite steps after which the run stops
+
+
+def new_learner(roles: Roles, role: str, config: SFTConfig) -> Learner:
+    """An AdamW over the role's trainable parameters."""
+    return Learner(roles.parameters(role), config.learning_rate, config.max_grad_norm, config.weight_decay)
+
+
+def planned_steps(examples: Sequence[Example], config: SFTConfig) -> int:
+    """Optimizer steps of the training: `steps`, or `epochs` passes."""
+    return config.steps or max(1, round(config.epochs * steps_per_epoch(len(examples), config.batch_size)))
+
+
+def heldout_nll(roles: Roles, role: str, examples: Sequence[Example], rows: int, compute: Compute | None = None) -> float | None:
+    """Mean negative log-likelihood of held-out target tokens, nats a token; None without examples."""
+    total, count = 0.0, 0
+    for chunk in length_sorted_chunks([len(e.ids) for e in examples], rows):
+        batch = example_batch([examples[i] for i in chunk], roles.special.pad_id).to(roles.device)
+        total -= float(roles.score(role, batch).logprobs.double().sum())
+        count += batch.targets
+        if compute:
+            compute.forward_tokens += int(batch.attention_mask.sum())
+    return total / count if count else None
+
+
+def train_supervised(
+    roles: Roles,
+    role: str,
+    examples: Sequence[Example],
+    learner: Learner,
+    config: SFTConfig,
+    *,
+    steps: int,
+    max_tokens: int,
+    first_step: int,
+    seed: int,
+    stage: str,
+    run: RunFolder,
+    title: str,
+    progress: Progress,
+    compute: Compute,
+    interrupt: Interrupt,
+    after_step: Callable[[int, Stage], bool],
+) -> None:
+    """Optimizer steps first_step + 1 .. steps on the cross-entropy of the target tokens.
+
+    after_step(steps done, stage) is called after each; it may evaluate and save, and returns True to stop early.
+    Raises TrainingStopped after MAX_SKIPPED_STEPS consecutive non-finite steps, StopRequested at a safe point.
+    """
+
+    def loss_of(batch: TokenBatch) -> Callable[[], LossOutput]:
+        return lambda: cross_entropy(roles.score(role, batch, train=True).logprobs)
+
+    with progress.stage(title, steps, "steps", first_step) as ticker:
+        for step in range(first_step, steps):
+            interrupt.check()
+            started = time.perf_counter()
+            lr = cosine_lr(step, steps, config.learning_rate, config.warmup, config.final_lr_fraction)
+            learner.set_lr(lr)
+            rows = sft_batch(examples, step, batch_size=config.batch_size, seed=seed, batching=config.batching)
+            batches = [
+                b.to(roles.device)
+                for b in micro_batches(
+                    rows, micro_batch_size=config.micro_batch_size, pad_id=roles.special.pad_id, batching=config.batching, max_tokens=max_tokens
+                )
+            ]
+            tokens = sum(int(b.attention_mask.sum()) for b in batches)
+            result = learner.step((loss_of(b) for b in batches), sum(b.targets for b in batches))
+            compute.trained_tokens += tokens
+            if result.skipped:
+                progress.warn(f"{stage} step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: step skipped")
+                if learner.consecutive_skips >= MAX_SKIPPED_STEPS:
+                    raise TrainingStopped(
+                        f"{stage}: {MAX_SKIPPED_STEPS} steps in a row had a NaN or infinite loss or gradient. "
+                        "Lower sft.learning_rate, or use model.dtype float32"
+                    )
+            seconds = time.perf_counter() - started
+            record = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm, "tokens_per_second": tokens / seconds}
+            run.log({"stage": stage, "step": step + 1, **record, "skipped_steps": learner.total_skips})
+            ticker.advance(step + 1, loss=result.loss, lr=lr)
+            if after_step(step + 1, ticker):
+                return

@@ -1,0 +1,152 @@
+"""The PPO update of one round: epochs x minibatches x micro-batches, one global denominator a step."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srppo.config import PPOConfig
+from srppo.errors import TrainingStopped
+from srppo.losses.policy import clipped_surrogate
+from srppo.losses.value import clipped_value_loss
+from srppo.masking import length_sorted_chunks, rollout_batch
+from srppo.models.roles import Roles
+from srppo.records import Experience, LossOutput
+from srppo.rollout.engine import mismatch
+from srppo.seeding import permutation
+from srppo.train.compute import Compute
+from srppo.train.learner import Learner
+
+
+@dataclass
+class UpdateLog:
+    """Step metrics of a round, and how far the trainer's log-probabilities were from the engine's before the first step."""
+
+    values: dict[str, list[float]]
+    first_logprobs: list[tuple[Tensor, Tensor]]  # (behaviour, trainer) of the first minibatch
+    stopped_early: bool = False
+
+    def means(self) -> dict[str, float]:
+        return {name: statistics.fmean(v) for name, v in self.values.items() if v}
+
+
+def split_rows(rows: list[int], parts: int) -> list[list[int]]:
+    """`parts` nearly equal runs of the list; fewer where there are fewer rows."""
+    parts = min(parts, len(rows))
+    return [rows[i * len(rows) // parts : (i + 1) * len(rows) // parts] for i in range(parts)]
+
+
+def update(
+    roles: Roles,
+    experience: Experience,
+    policy: Learner,
+    critic: Learner,
+    config: PPOConfig,
+    *,
+    seed: int,
+    iteration: int,
+    train_policy: bool,
+    compute: Compute,
+    warn: Callable[[str], None],
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Move policy and critic on one round's experience. Returns metrics under TRL's names.
+
+    The advantages, returns and old values are those of the rollout policy throughout. Rows left out (keep False) take no part.
+    train_policy False trains the critic only (its warm-up). Raises TrainingStopped after max_skipped_steps non-finite steps in a row.
+    """
+    rollout = experience.rollout
+    rows = torch.nonzero(experience.keep & (rollout.lengths > 0)).flatten().tolist()
+    log = UpdateLog(defaultdict(list), [])
+    total = config.epochs * min(config.minibatches, len(rows))
+    done = 0
+    for epoch in range(config.epochs):
+        order = [rows[i] for i in permutation(len(rows), seed, "minibatches", iteration, epoch)]
+        epoch_kl = []
+        for minibatch in split_rows(order, config.minibatches) if rows else []:
+            kl = _minibatch(roles, experience, minibatch, policy, critic, config, train_policy, done == 0, compute, log)
+            epoch_kl.append(kl)
+            done += 1
+            on_step(done, total)
+            worst = max(policy.consecutive_skips, critic.consecutive_skips)
+            if worst:
+                warn(f"iteration {iteration}, step {done}: NaN or infinite loss or gradient: step skipped ({worst} in a row)")
+            if worst >= config.max_skipped_steps:
+                raise TrainingStopped(
+                    f"iteration {iteration}: {worst} steps in a row had a NaN or infinite loss or gradient. "
+                    "Lower ppo.learning_rate or ppo.critic_learning_rate, set reward.token_clip, or use model.dtype float32"
+                )
+        if config.target_kl is not None and train_policy and epoch_kl and statistics.fmean(epoch_kl) > config.target_kl:
+            log.stopped_early = epoch + 1 < config.epochs
+            break
+    out = log.means() | {"policy/steps": float(done if train_policy else 0), "policy/kl_stopped": float(log.stopped_early)}
+    if log.values["val/ratio"]:
+        out["val/ratio_var"] = statistics.pvariance(log.values["val/ratio"])
+    out |= {"policy/skipped_steps": float(policy.total_skips), "critic/skipped_steps": float(critic.total_skips)}
+    if log.first_logprobs:
+        behaviour, trainer = (torch.cat(side) for side in zip(*log.first_logprobs))
+        out |= {f"rollout/{k}": v for k, v in mismatch(behaviour, trainer, torch.ones_like(trainer, dtype=torch.bool)).items()}
+    return out
+
+
+def _minibatch(
+    roles: Roles,
+    experience: Experience,
+    minibatch: list[int],
+    policy: Learner,
+    critic: Learner,
+    config: PPOConfig,
+    train_policy: bool,
+    first: bool,
+    compute: Compute,
+    log: UpdateLog,
+) -> float:
+    """One optimizer step of each learner on a minibatch. Returns its approximate KL, nats a token."""
+    rollout, device = experience.rollout, roles.device
+    lengths = rollout.lengths
+    denominator = int(lengths[minibatch].sum())
+    chunks = length_sorted_chunks([len(rollout.prompt_ids[r]) + int(lengths[r]) for r in minibatch], config.micro_batch_size)
+    micros = [[minibatch[i] for i in chunk] for chunk in chunks]
+
+    def flat(x: Tensor, micro: list[int]) -> Tensor:
+        return x[micro][rollout.mask[micro]].to(device)
+
+    def policy_loss(micro: list[int]) -> Callable[[], LossOutput]:
+        def build() -> LossOutput:
+            batch = rollout_batch(rollout, micro, roles.special.pad_id).to(device)
+            compute.trained_tokens += int(batch.attention_mask.sum())
+            logprobs = roles.score("policy", batch, train=True).logprobs
+            if first:
+                log.first_logprobs.append((flat(rollout.behaviour_logprobs, micro).cpu(), logprobs.detach().cpu()))
+            return clipped_surrogate(logprobs, flat(experience.old_logprobs, micro), flat(experience.advantages, micro), config.clip)
+
+        return build
+
+    def value_loss(micro: list[int]) -> Callable[[], LossOutput]:
+        def build() -> LossOutput:
+            batch = rollout_batch(rollout, micro, roles.special.pad_id).to(device)
+            compute.trained_tokens += int(batch.attention_mask.sum())
+            values = roles.values(batch, train=True)
+            return clipped_value_loss(values, flat(experience.old_values, micro), flat(experience.returns, micro), config.value_clip)
+
+        return build
+
+    approx_kl = 0.0
+    if train_policy:
+        step = policy.step((policy_loss(m) for m in micros), denominator)
+        approx_kl = step.metrics["approxkl"]
+        log.values["loss/policy_avg"].append(step.loss)
+        log.values["policy/approxkl_avg"].append(approx_kl)
+        log.values["policy/clipfrac_avg"].append(step.metrics["clipfrac"])
+        log.values["policy/grad_norm"].append(step.grad_norm)
+        log.values["val/ratio"].append(step.metrics["ratio"])
+    step = critic.step((value_loss(m) for m in micros), denominator, weight=config.value_coef)
+    log.values["loss/value_avg"].append(step.loss)
+    log.values["val/clipfrac_avg"].append(step.metrics["clipfrac"])
+    log.values["critic/grad_norm"].append(step.grad_norm)
+    return approx_kl
