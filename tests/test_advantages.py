@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_gae_equals_the_sum_of_discounted_errors(gamma: float, lam: float) -> No
 @pytest.mark.parametrize(("gamma", "lam"), GAMMA_LAMBDA)
 def test_gae_equals_trl(gamma: float, lam: float) -> None:
     rewards, values, mask = random_case(1)
-    names = {
+    names: dict[str, Any] = {
         "rewards": rewards * mask,
         "values": values * mask,
         "responses": mask,

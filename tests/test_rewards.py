@@ -204,7 +204,7 @@ def test_kl_estimators_are_zero_off_the_mask(estimator: Any) -> None:
     ],
 )
 def test_adaptive_kl_by_hand(kl: float, episodes: int, factor: float) -> None:
-    control = AdaptiveKL(coef=0.15, target=6.0, horizon=10_000)  # the target and horizon of the paper's code
+    control = AdaptiveKL(coef=0.15, target=6.0, horizon=10_000)
     after = control.updated(kl, episodes)
     assert after.coef == pytest.approx(0.15 * factor, rel=1e-12)
     assert (after.target, after.horizon) == (6.0, 10_000)

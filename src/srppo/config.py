@@ -388,7 +388,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
         raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a YAML mapping of sections, found {type(values).__name__}")
-    values = {k: {} if v is None and k in RunConfig.model_fields else v for k, v in values.items()}  # a section with nothing in it
+    sections = {key.split(".")[0] for key in valid_keys() if "." in key}
+    values = {k: {} if v is None and k in sections else v for k, v in values.items()}  # a section with nothing in it
     return build(merge(values, overrides or {}), source=str(path))
 
 

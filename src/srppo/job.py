@@ -13,7 +13,6 @@ from srppo.errors import ConfigError
 from srppo.evaluate import paired_gain
 from srppo.files import read_lines
 from srppo.progress import Progress, make_progress
-from srppo.report import write_report
 from srppo.run_folder import is_run
 from srppo.stages import ROLE_OF_STAGE, continued_stage, evaluation_stage, outcome, ppo_stage, sft_stage
 from srppo.train.continued import ROLE as CONTINUED
@@ -38,7 +37,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
             ppo = ppo_stage(space)
             evaluation_stage(space, "srppo")
             space.loaded.roles.drop("policy")
-            space.loaded.roles.drop_critic()
+            space.loaded.roles.drop("critic")
             if config.evaluation.continued_sft and config.sft.checkpoint is None:
                 continued_stage(space, ppo["compute"]["passes"])
                 evaluation_stage(space, CONTINUED)
@@ -100,6 +99,8 @@ def run_evaluate(target: str, config: RunConfig | None = None, *, progress: Prog
 def conclude(space: Workspace) -> dict[str, Any]:
     """Write summary.json and report.html from the finished stages, and show the table."""
     summary = summarise(space)
+    from srppo.report import write_report  # plotting is slow to import and needed only here
+
     space.run.write_json("summary.json", summary)
     space.run.write_json("elapsed.json", {"seconds": space.elapsed()})
     write_report(space.run.path)

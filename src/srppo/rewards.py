@@ -148,7 +148,7 @@ def kl_k3(lp_policy: Tensor, lp_anchor: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    """The KL coefficient steered to a target (Ziegler et al. 2019, arXiv 1909.08593, section 2.2):
+    """The KL coefficient steered to a target (Ziegler et al. 2019, arXiv 1909.08593, their proportional controller):
 
         e = clip((kl - target) / target, -0.2, 0.2)
         coef <- coef (1 + e episodes / horizon)

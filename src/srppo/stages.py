@@ -61,6 +61,7 @@ def sft_stage(space: Workspace) -> dict[str, Any]:
     if config.reward.checkpoint != "sft" and not roles.has("reward"):
         share = config.reward.checkpoint
         roles.load("reward", share if isinstance(share, str) else run.path / f"sft/checkpoints/share-{share:g}")
+        roles.freeze("reward")
     return done
 
 

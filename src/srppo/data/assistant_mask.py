@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from srppo.data.messages import Message, Unusable
 
@@ -23,8 +23,13 @@ def earlier_answers(chat: ChatFormat, messages: list[Message], prompt: RenderedP
     if not any(m["role"] == "assistant" for m in messages):
         return [0] * len(prompt.ids)
     if GENERATION_TAG.search(chat.template):
-        out = chat.tokenizer.apply_chat_template(
-            messages, chat_template=chat.template, add_generation_prompt=True, return_dict=True, return_assistant_tokens_mask=True
+        out: Any = chat.tokenizer.apply_chat_template(
+            messages,
+            chat_template=chat.template,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **chat.template_tokens,
         )
         assert out["input_ids"] == prompt.ids
         mask = list(out["assistant_masks"])
@@ -42,15 +47,15 @@ def _grown_spans(chat: ChatFormat, messages: list[Message], text: str) -> list[t
     """Character spans [start, end) of the assistant turns: from the generation prompt before a turn to the text after it."""
     spans = []
     for n, message in enumerate(messages):
-        if message["role"] == "assistant" and n > 0:
-            before = chat._render(messages[:n], generation_prompt=True)
-            after = chat._render(messages[: n + 1], generation_prompt=False)
+        if message["role"] == "assistant" and n > 0:  # a conversation opened by the assistant: that greeting had no prompt
+            before = chat.render(messages[:n], generation_prompt=True)
+            after = chat.render(messages[: n + 1], generation_prompt=False)
             if not (after.startswith(before) and text.startswith(after)):
                 raise Unusable(
                     "the chat template rewrites earlier turns, so their tokens cannot be told apart "
                     "(use data.loss_on: response, or a template with generation marks)"
                 )
-            spans.append((len(before), len(after)))
+            spans.append((len(before), len(after.rstrip())))
     return spans
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from srppo.config import DataConfig
 from srppo.data.assistant_mask import earlier_answers
@@ -50,15 +50,21 @@ class ChatFormat:
         loss_on: str = "response",
     ):
         if not eos_ids:
-            raise ConfigError("the model and its tokenizer name no end-of-sequence token, so no response could end; set eos_token in the tokenizer")
+            raise ConfigError(
+                "neither model nor tokenizer names an end-of-sequence token, so no response could end; set the tokenizer's eos_token"
+            )
         self.tokenizer = tokenizer
         self.eos_ids = tuple(eos_ids)
         own = tokenizer.eos_token_id
         self.eos_id: int = own if own in self.eos_ids else self.eos_ids[0]
         self.system_prompt, self.string_prompts, self.loss_on = system_prompt, string_prompts, loss_on
         self._prefix = _default_prefix(tokenizer)
-        self._bos = tokenizer.decode(self._prefix)
-        self.template_name, self.template = choose_template(tokenizer, chat_template, self._bos)
+        bos = str(tokenizer.decode(self._prefix))
+        self.template_name, self.template = choose_template(tokenizer, chat_template, bos)
+        # Tokens a template may print that the tokenizer itself does not name (the model's configuration did).
+        given = {"eos_token": tokenizer.convert_ids_to_tokens(self.eos_id), "bos_token": bos}
+        self.template_tokens: dict[str, Any] = {k: v for k, v in given.items() if k not in tokenizer.special_tokens_map}
+        self._ends_of_tail: dict[str, int] = {}
 
     @classmethod
     def from_config(cls, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], data: DataConfig) -> ChatFormat:
@@ -82,10 +88,13 @@ class ChatFormat:
         if isinstance(messages, str):
             if not messages.strip():
                 raise Unusable("empty prompt")
-            return RenderedPrompt(messages, self._raw_ids(messages))
+            ids = self._raw_ids(messages)
+            if not ids:  # all of its characters unknown to a tokenizer that drops those
+                raise Unusable("empty prompt")
+            return RenderedPrompt(messages, ids)
         if not messages:
             raise Unusable("empty prompt")
-        text = self._render(self._with_system(messages), generation_prompt=True)
+        text = self.render(self._with_system(messages), generation_prompt=True)
         return RenderedPrompt(text, self._ids(text))
 
     def encode(self, demonstration: Demonstration) -> Encoded:
@@ -109,9 +118,9 @@ class ChatFormat:
         assert isinstance(text, str)
         return text
 
-    def answer_text(self, completion: str | Sequence[Message]) -> str:
-        """The final answer of a demonstration's completion, the reference for scorers."""
-        return completion if isinstance(completion, str) else str(completion[-1]["content"]) if completion else ""
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        """Messages as the template's text, as they are (no system prompt is put before them)."""
+        return render(self.tokenizer, self.template, messages, generation_prompt=generation_prompt, tokens=self.template_tokens)
 
     def _conversation(self, value: str | Sequence[Message], role: str) -> str | list[Message]:
         if isinstance(value, str):
@@ -123,13 +132,9 @@ class ChatFormat:
             return messages
         return [{"role": "system", "content": self.system_prompt}, *messages]
 
-    def _render(self, messages: list[Message], *, generation_prompt: bool) -> str:
-        eos = self.tokenizer.convert_ids_to_tokens(self.eos_id)
-        return render(self.tokenizer, self.template, messages, generation_prompt=generation_prompt, eos=eos, bos=self._bos)
-
     def _ids(self, text: str) -> list[int]:
         """Text that brings its own special tokens: a template's BOS must not be followed by the tokenizer's."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _raw_ids(self, text: str) -> list[int]:
         """Plain text, with the tokenizer's BOS unless the text starts with it already."""
@@ -143,14 +148,14 @@ class ChatFormat:
         rendered = self.render_prompt(prompt) if prompt else RenderedPrompt("", [])
         ids, apart = self._joined(rendered.ids, self._raw_ids(prompt + completion), completion)
         response = ids[len(rendered.ids) :]
+        given = 0 if prompt else max(1, len(self._prefix))  # of a mere text the BOS, or else the first token, is given
+        if len(response) <= given and all(i in self.eos_ids for i in response):
+            raise Unusable("empty response" if prompt else "empty text")
         if response[-1] not in self.eos_ids:
             response.append(self.eos_id)
-        if any(i in self.eos_ids for i in response[len(self._prefix) if not prompt else 0 : -1]):
+        if any(i in self.eos_ids for i in response[given:-1]):
             raise Unusable("an end-of-sequence token inside the response")
-        mask = [0] * len(rendered.ids) + [1] * len(response)
-        if not prompt:  # the BOS, or the first token where there is none, is given
-            first = max(1, len(self._prefix))
-            mask[:first] = [0] * first
+        mask = [0] * (len(rendered.ids) + given) + [1] * (len(response) - given)
         return Encoded(rendered.ids + response, mask, rendered, apart)
 
     def _encode_chat(self, messages: list[Message]) -> Encoded:
@@ -160,11 +165,11 @@ class ChatFormat:
             raise Unusable("empty response")
         prompt = self.render_prompt(messages[:-1])
         messages = self._with_system(messages)
-        full = self._render(messages, generation_prompt=False)
-        head, marked, tail = self._render([*messages[:-1], {**messages[-1], "content": MARKER}], generation_prompt=False).rpartition(MARKER)
-        if not marked or not full.startswith(head) or not full.endswith(tail):
+        full = self.render(messages, generation_prompt=False)
+        head, marked, tail = self.render([*messages[:-1], {**messages[-1], "content": MARKER}], generation_prompt=False).rpartition(MARKER)
+        if not marked or not full.endswith(tail):
             raise Unusable("the chat template does not show the answer as it is")
-        ending = [i for i in self._ids(tail) if i in self.eos_ids]
+        ending = self._ends(tail)
         if not ending:  # the template's end of turn is no EOS of this model: its white space goes, and our EOS follows
             full = full[: len(full) - len(tail)] + tail.rstrip()
         if full.startswith(prompt.text):
@@ -172,15 +177,23 @@ class ChatFormat:
         else:
             # The answered conversation is rendered otherwise than its own prompt (a generation prompt that opens a thought, say).
             # Rollouts start from the prompt, so the demonstration does too, and goes on from where the answer begins.
+            if not full.startswith(head) or not full[len(head) :].lstrip().startswith(messages[-1]["content"].strip()):
+                raise Unusable("the chat template does not show the answer as it is")
             ids, apart = prompt.ids + self._ids(full[len(head) :]), True
         response = ids[len(prompt.ids) :]
         ends = [n for n, i in enumerate(response) if i in self.eos_ids]
-        if len(ends) > len(ending):
+        if len(ends) > ending:
             raise Unusable("an end-of-sequence token inside the response")
         # What a template prints after the end token (a line break) is never sampled, for rollouts stop at it: it is not taught.
         response = response[: ends[0] + 1] if ends else [*response, self.eos_id]
         earlier = earlier_answers(self, messages[:-1], prompt) if self.loss_on == "assistant" else [0] * len(prompt.ids)
         return Encoded(prompt.ids + response, earlier + [1] * len(response), prompt, apart)
+
+    def _ends(self, tail: str) -> int:
+        """How many EOS tokens a template prints after an answer. Remembered: the tail is the same for most conversations."""
+        if tail not in self._ends_of_tail:
+            self._ends_of_tail[tail] = sum(i in self.eos_ids for i in self._ids(tail))
+        return self._ends_of_tail[tail]
 
     def _joined(self, prompt: list[int], joint: list[int], rest: str) -> tuple[list[int], bool]:
         """Prompt and response as one sequence that starts with exactly the prompt's tokens, and whether they were tokenised apart.

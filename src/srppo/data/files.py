@@ -73,7 +73,9 @@ def read_json(path: Path) -> Rows:
 
 def _list_rows(text: str, start: int, path: Path) -> Rows:
     """The items of a JSON list one by one, so that each keeps its line."""
-    decoder, rows, line, counted = json.JSONDecoder(), [], 1, 0
+    decoder = json.JSONDecoder()
+    rows: Rows = []
+    line, counted = 1, 0
     position = _skip(text, start + 1)
     try:
         while text[position : position + 1] != "]":

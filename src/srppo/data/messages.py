@@ -26,6 +26,13 @@ class Unusable(Exception):
         super().__init__(reason)
 
 
+def answer_text(completion: str | list[Message]) -> str:
+    """The final answer of a completion, the reference for scorers."""
+    if isinstance(completion, str):
+        return completion
+    return str(completion[-1]["content"]) if completion else ""
+
+
 def check_text(value: Any, field: str) -> str:
     """value as a string. Raises ValueError that says what it is instead."""
     if not isinstance(value, str):
@@ -38,7 +45,7 @@ def check_text(value: Any, field: str) -> str:
 
 
 def check_messages(value: Any, field: str) -> list[Message]:
-    """value as messages, keys with null values left out (Arrow tables fill absent keys with null). Raises ValueError that names the message."""
+    """value as messages, without keys whose value is null (Arrow tables fill absent keys so). Raises ValueError naming the message."""
     if not isinstance(value, list):
         raise ValueError(f"field {field!r} must be a list of messages, found {kind(value)}")
     return [_check_message(message, f"{field}[{i}]") for i, message in enumerate(value)]

@@ -17,7 +17,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """fields: what a row must hold. optional: what is read besides. build: one row to its demonstrations (self-instruct has several)."""
+    """fields: what a row must hold. optional: what is read besides. build: one row to its demonstrations (self-instruct has several).
+
+    meaning: what the report says a row of this shape was read as.
+    """
 
     name: str
     fields: tuple[str, ...]
@@ -25,13 +28,16 @@ class Shape:
     meaning: str
     optional: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.meaning})"
+
 
 @dataclass(frozen=True)
 class Record:
     """One demonstration or prompt with its origin. In a prompt record the completion is the reference answer, "" where there is none."""
 
     item: Demonstration
-    shape: str
+    shape: str  # name and meaning
     row: int  # 0-based row of its source
     group: str
     fields: Row  # the row as it was read
@@ -126,15 +132,15 @@ def _answer(value: Any) -> str:
 
 DEMONSTRATION_SHAPES = (
     Shape("messages", ("messages",), _from_messages, "the last assistant message is the response"),
-    Shape("prompt/completion", ("prompt", "completion"), _from_pair, "strings are raw text unless data.string_prompts is chat"),
-    Shape("question/answer", ("question", "answer"), _from_question, "a user message and the assistant's"),
+    Shape("prompt/completion", ("prompt", "completion"), _from_pair, "a prompt and its response"),
+    Shape("question/answer", ("question", "answer"), _from_question, "a user message and the assistant's answer"),
     Shape("instruction/output", ("instruction", "output"), _from_instruction, "instruction and input are the user message", ("input",)),
     Shape("instruction/instances", ("instruction", "instances"), _from_instances, "one demonstration an instance"),
     Shape("text", ("text",), _from_text, "the whole text is learned; it has no prompt"),
 )
 PROMPT_SHAPES = (
     Shape("messages", ("messages",), _prompt_of_messages, "the conversation up to its last assistant message"),
-    Shape("prompt", ("prompt",), _prompt_only, "strings are raw text unless data.string_prompts is chat", ("completion",)),
+    Shape("prompt", ("prompt",), _prompt_only, "a prompt alone", ("completion",)),
     Shape("question", ("question",), _prompt_of_question, "a user message", ("answer",)),
     Shape("instruction/instances", ("instruction", "instances"), _from_instances, "one prompt an instance"),
     Shape("instruction", ("instruction",), _prompt_of_instruction, "instruction and input are the user message", ("input", "output")),
@@ -167,9 +173,9 @@ def read_records(source: Source, data: DataConfig, shapes: Sequence[Shape], *, s
             raise source.error(_unrecognised(row, shapes, mapped), index)
         group = "all" if group_column is None else _group(source, data, row, group_column, index)
         try:
-            records += [Record(item, shape.name, index, group, row) for item in shape.build(view)]
+            records += [Record(item, str(shape), index, group, row) for item in shape.build(view)]
         except Unusable as drop:
-            records.append(Record(Demonstration(None, ""), shape.name, index, group, row, drop.reason))
+            records.append(Record(Demonstration(None, ""), str(shape), index, group, row, drop.reason))
         except ValueError as error:
             raise source.error(str(error), index) from None
     return records
@@ -193,8 +199,13 @@ def _check_columns(data: DataConfig, shapes: Iterable[Shape]) -> None:
             raise ConfigError(f"data.columns maps our fields to yours, and {name!r} is none of ours ({', '.join(sorted(known))}){hint}")
 
 
-def _unrecognised(row: Row, shapes: Iterable[Shape], mapped: dict[str, str]) -> str:
+def _unrecognised(row: Row, shapes: Sequence[Shape], mapped: dict[str, str]) -> str:
     found = ", ".join(f"{k} (null)" if v is None else k for k, v in row.items()) or "none"
     expected = "; ".join(" + ".join(s.fields) for s in shapes)
     through = f" (data.columns maps {', '.join(f'{a} to {b}' for a, b in mapped.items())})" if mapped else ""
-    return f"missing fields. Found: {found}{through}. Expected one of: {expected}. Other names can be mapped with data.columns"
+    text = (
+        ""
+        if "text" not in row or any("text" in s.fields for s in shapes)
+        else '. Rows of {"text"} have no prompt, so they cannot start a rollout'
+    )
+    return f"missing fields. Found: {found}{through}. Expected one of: {expected}. Other names can be mapped with data.columns{text}"

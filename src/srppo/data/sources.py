@@ -25,11 +25,10 @@ class Source:
     files: list[str]
 
     def place(self, row: int) -> str:
-        """`train.jsonl line 12` or `train.parquet row 12` (both counted from 1)."""
-        name = Path(self.files[row]).name
-        if self.lines[row] is not None:
-            return f"{name} line {self.lines[row]}"
-        return f"{name} row {self._number(row)}"
+        """`line 12` or `row 12`, counted from 1; with the file's name where the source has several."""
+        name = "" if self.files[0] == self.files[-1] else f"{Path(self.files[row]).name} "
+        line = self.lines[row]
+        return f"{name}row {self._number(row)}" if line is None else f"{name}line {line}"
 
     def error(self, message: str, row: int) -> DataError:
         """A DataError that names the file and the line (or row)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from srppo.data.messages import Message, Unusable
 from srppo.errors import ConfigError
@@ -45,20 +45,18 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, bos: str) -
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], *, generation_prompt: bool, eos: str = "", bos: str = ""
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], *, generation_prompt: bool, tokens: dict[str, Any]
 ) -> str:
-    """Messages as text. eos, bos: given to the template where the tokenizer names no such token of its own.
+    """Messages as text. tokens: special tokens for the template that the tokenizer itself does not name.
 
     Raises Unusable with the template's reason where it refuses the conversation (Gemma's has no system role), ConfigError where
     the template itself is broken.
     """
     import jinja2
 
-    own = tokenizer.special_tokens_map
-    named = {k: v for k, v in {"eos_token": eos, "bos_token": bos}.items() if k not in own}
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt, **named
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt, **tokens
         )
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from srppo.errors import ModelError
 from srppo.models.plan import plan, share_plan
 from srppo.models.saving import save_model
-from srppo.models.weights import copy_into, distinct_tensors
+from srppo.models.weights import copy_into, distinct_tensors, embedding_rows
 
 _HEADLESS = "critic"
 
@@ -95,7 +95,7 @@ class FullRoles:
         copy_into(self.tensors(role), state, role)
 
     def vocabulary_rows(self, role: str) -> int:
-        return self._models[role].get_input_embeddings().weight.shape[0]
+        return embedding_rows(self._models[role])
 
     def write(self, role: str, folder: str) -> None:
         save_model(self._models[role], folder)
@@ -105,7 +105,10 @@ class FullRoles:
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Change the precision of the floating parameters in place. Buffers keep theirs: rotary frequencies in bfloat16 would move every logit."""
+    """Change the precision of the floating parameters in place; buffers keep theirs.
+
+    (Rotary frequencies are a buffer, which model.to(bfloat16) would round, and transformers would not.)
+    """
     if all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
         return
     keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -118,5 +121,6 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def refuse_adapter(place: str) -> ModelError:
     """The error for an adapter given where full tuning needs a model."""
     return ModelError(
-        f"{place}: this is an adapter, but tuning.kind is full, where each role is a whole model; set tuning.kind: lora, or merge it into its base"
+        f"{place}: this is an adapter, but tuning.kind is full, where each role is a whole model; "
+        "set tuning.kind: lora, or merge it into its base"
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from srppo.config import ModelConfig
 from srppo.errors import ModelError
@@ -63,9 +65,13 @@ def load_model(model: ModelConfig, *, name: str | None = None, dtype: str | None
         # Newer transformers keep GGUF weights packed where kernels are installed: those can be neither trained nor saved.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            source.location, trust_remote_code=model.trust_remote_code, output_loading_info=True, **arguments
-        )
+        with quiet():
+            loaded, info = cast(
+                tuple[PreTrainedModel, dict[str, Any]],
+                AutoModelForCausalLM.from_pretrained(
+                    source.location, trust_remote_code=model.trust_remote_code, output_loading_info=True, **arguments
+                ),
+            )
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(unreachable(source, error)) from error
     _refuse_missing(source, info)
@@ -74,7 +80,7 @@ def load_model(model: ModelConfig, *, name: str | None = None, dtype: str | None
     loaded.config._name_or_path = source.location
     _refuse_not_dense(source, loaded)
     silence_noise(loaded)
-    loaded.to(device)
+    nn.Module.to(loaded, device)
     loaded.eval().requires_grad_(False)
     if model.gradient_checkpointing:
         if not loaded.supports_gradient_checkpointing:
@@ -83,17 +89,30 @@ def load_model(model: ModelConfig, *, name: str | None = None, dtype: str | None
     return loaded
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars: srppo shows its own progress, and logs stay readable."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
 def _refuse(source: Source, model: ModelConfig) -> None:
     if is_adapter(source):
         raise ModelError(
-            f"{source}: this is an adapter, not a model; give its base as model.name, and the adapter as sft.checkpoint with tuning.kind: lora"
+            f"{source}: this is an adapter, not a model; give its base as model.name, and the adapter as sft.checkpoint "
+            "with tuning.kind: lora"
         )
     config = read_json(source, "config.json")
     if config is None:
         raise ModelError(f"{source}: holds no config.json; check the name or path")
     refuse_foreign_code(source, config, model.trust_remote_code)
     refuse_encoder_decoder(source, config)
-    if config.get("model_type") not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in config:
+    if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in config:
         raise ModelError(f"{source}: {config.get('model_type')!r} models are not causal language models")
     refuse_pickle(source, model.allow_pickle)
 
@@ -119,7 +138,12 @@ def make_ordinary(model: PreTrainedModel) -> None:
 
     Left there, save_pretrained refuses to save ("not serializable"), and the saved config would claim a quantised model.
     """
-    for holder, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model, "is_quantized"), (model.config, "quantization_config")):
+    for holder, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model, "is_quantized"),
+        (model.config, "quantization_config"),
+    ):
         if name in vars(holder):
             delattr(holder, name)
     for name in ("_model_name_or_path", "gguf_file"):  # the GGUF's own title and the file, written into config.json otherwise
@@ -154,19 +178,3 @@ def restored_config_values(model: PreTrainedModel) -> list[tuple[Any, str, float
     """(config, key, value) of what silence_noise zeroed, for the saved config.json to be the original's."""
     kept = getattr(model, "_srppo_config", {})
     return [(model.config if where == "" else model.config.get_text_config(), key, value) for (where, key), value in kept.items()]
-
-
-def check_causal(model: PreTrainedModel) -> None:
-    """ModelError if a later token changes what the model says at earlier ones (a bidirectional model such as BERT)."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(8, device=model.device) * 7 % vocabulary).unsqueeze(0)
-    changed = ids.clone()
-    changed[0, -1] = (ids[0, -1] + 1) % vocabulary
-    with torch.no_grad():
-        a, b = (model(input_ids=x, use_cache=False).logits[:, :-1].float() for x in (ids, changed))
-    if not torch.allclose(a, b, atol=1e-2 if model.dtype != torch.float32 else 1e-4):
-        raise ModelError(f"{model.name_or_path}: {type(model).__name__} sees the future (it is not causal), so it cannot be sampled from left to right")
-
-
-def warn_off(message: str) -> None:
-    warnings.warn(message, stacklevel=3)

@@ -6,12 +6,13 @@ disabling and enabling adapters does the same. So each use records what it finds
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ from srppo.errors import ModelError
 from srppo.models.adapters import read_adapter
 from srppo.models.saving import save_adapter
 from srppo.models.source import Source
-from srppo.models.weights import copy_into, distinct_tensors
+from srppo.models.weights import copy_into, distinct_tensors, embedding_rows
 from srppo.seeding import stream_seed
 
 
@@ -31,11 +32,10 @@ class LoraRoles:
 
     kind = "lora"
 
-    def __init__(self, base: PreTrainedModel, tuning: TuningConfig, source: Source, seed: int):
-        self._model, self._tuning, self._source, self._seed = base, tuning, source, seed
-        self._peft: PeftModel | None = None  # made with the first adapter
+    def __init__(self, base: PreTrainedModel, tuning: TuningConfig, source: Source, seed: int, allow_pickle: bool = False):
+        self._model, self._tuning, self._source, self._seed, self._allow_pickle = base, tuning, source, seed, allow_pickle
+        self._peft: Any = None  # a PeftModel, made with the first adapter
         self._frozen = {"base"}
-        self._in_use: list[tuple[str, bool]] = []  # (role, train) of the uses now open, innermost last
         if base.is_gradient_checkpointing:
             # Recomputation in the backward pass must meet the adapter of the forward pass, even after its `use` has ended.
             base.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
@@ -54,11 +54,11 @@ class LoraRoles:
 
     def load(self, role: str, place: str) -> None:
         """An adapter saved by PEFT. Raises ModelError if it is not plain LoRA, or does not fit the base."""
-        config, weights = read_adapter(place, self._source)
+        config, weights = read_adapter(place, self._source, self._allow_pickle)
         self._add(role, config)
         try:
             assert self._peft is not None
-            result = set_peft_model_state_dict(self._peft, weights, adapter_name=role)
+            result: Any = set_peft_model_state_dict(self._peft, weights, adapter_name=role)
             missing = [k for k in result.missing_keys if f".{role}" in k and "lora_" in k]
             if result.unexpected_keys or missing:
                 odd = (list(result.unexpected_keys) + missing)[0]
@@ -83,8 +83,7 @@ class LoraRoles:
 
     def _config_of(self, role: str) -> PeftConfig:
         assert self._peft is not None
-        config = self._peft.peft_config[role]
-        return type(config).from_peft_type(**config.to_dict())
+        return copy.deepcopy(self._peft.peft_config[role])
 
     def _add(self, role: str, config: PeftConfig) -> None:
         if any(role in name.split(".") for name, _ in self._model.named_modules()):
@@ -100,20 +99,20 @@ class LoraRoles:
                 else:
                     self._peft.add_adapter(role, config)
             except (ValueError, TypeError) as error:
-                raise ModelError(f"tuning.lora_targets {config.to_dict().get('target_modules')} does not fit {self._source}: {error}") from None
-        self._activate("base")
+                targets = config.to_dict().get("target_modules")
+                raise ModelError(f"tuning.lora_targets {targets} does not fit {self._source}: {error}") from None
         for parameter in self.tensors(role).values():
             parameter.requires_grad_(True)
 
     def drop(self, role: str) -> None:
         assert self._peft is not None
         with self._undisturbed():
+            self._activate("base")
             if set(self._peft.peft_config) == {role}:
                 self._peft.unload()
                 self._peft = None
             else:
                 self._peft.delete_adapter(role)
-        self._activate("base")
         self._frozen.discard(role)
 
     def freeze(self, role: str) -> None:
@@ -129,5 +128,89 @@ class LoraRoles:
         with self._undisturbed():
             self._activate(role)
             self._model.train(train)
-            ...
-            yield self._model
+            if train:
+                for parameter in self.parameters(role).values():
+                    parameter.requires_grad_(True)
+            with torch.set_grad_enabled(train):
+                yield self._model
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Active adapter, requires_grad flags and train/eval modes are after the block what they were before it."""
+        active = self._active()
+        modes = [(m, m.training) for m in self._model.modules()]
+        flags = [(p, p.requires_grad) for p in self._model.parameters()]
+        try:
+            yield
+        finally:
+            self._activate(active if active in self.names() else "base")
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    def _active(self) -> str:
+        layer = next((m for m in self._model.modules() if isinstance(m, BaseTunerLayer)), None)
+        if layer is None or layer.disable_adapters or not layer.active_adapters:
+            return "base"
+        return layer.active_adapters[0]
+
+    def _activate(self, role: str) -> None:
+        """Switch without touching requires_grad."""
+        if self._peft is None or self._active() == role:
+            return
+        flags = [(p, p.requires_grad) for p in self._model.parameters()]
+        if role == "base":
+            self._peft.base_model.disable_adapter_layers()
+        else:
+            self._peft.base_model.enable_adapter_layers()
+            self._peft.set_adapter(role)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        """Called by torch's checkpoint at forward time: contexts for the forward pass and for its recomputation."""
+        return nullcontext(), self._again(self._active())
+
+    @contextmanager
+    def _again(self, role: str) -> Iterator[None]:
+        if self._active() == role:
+            yield
+            return
+        with self.use(role, True):
+            yield
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        if role in self._frozen:
+            return {}
+        return {name: p for name, p in self._adapter(role).items() if isinstance(p, nn.Parameter)}
+
+    def tensors(self, role: str) -> dict[str, Tensor]:
+        """base: the model's weights under their own names; else the adapter's, without its name in them."""
+        if role != "base":
+            return self._adapter(role)
+        plain = {n: t for n, t in distinct_tensors(self._model).items() if not any(part.startswith("lora_") for part in n.split("."))}
+        return {n.replace(".base_layer.", "."): t for n, t in plain.items()}
+
+    def _adapter(self, role: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._model.named_parameters():
+            parts = name.split(".")
+            where = [i for i, part in enumerate(parts) if part == role and parts[i - 1].startswith("lora_")]
+            if where:
+                found[".".join(parts[: where[0]] + parts[where[0] + 1 :])] = parameter
+        return found
+
+    def load_state(self, role: str, state: dict[str, Tensor]) -> None:
+        copy_into(self.tensors(role), state, role)
+
+    def vocabulary_rows(self, role: str) -> int:
+        return embedding_rows(self._model)
+
+    def write(self, role: str, folder: str) -> None:
+        if self._peft is None or role == "base":
+            raise ModelError(f"base is not changed by LoRA tuning and is not saved again; it is at {self._source}")
+        save_adapter(self._peft, role, folder)
+
+    def model(self, role: str) -> PreTrainedModel:
+        return self._model

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from srppo.errors import ModelError
 from srppo.logprobs import Head
+from srppo.models.weights import embedding_rows
 
 _PLANS: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
 
@@ -72,7 +73,7 @@ def run_trunk(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = No
     out = model.get_decoder()(input_ids=ids, use_cache=False, **_positions(positions))
     states = getattr(out, "last_hidden_state", None)
     if states is None:
-        raise ModelError(f"{model.name_or_path}: the decoder of {type(model).__name__} returns no hidden states; this architecture is not supported")
+        raise ModelError(f"{model.name_or_path}: unsupported architecture: the decoder of {type(model).__name__} returns no hidden states")
     return states
 
 
@@ -86,7 +87,7 @@ def _positions(positions: Tensor | None) -> dict[str, Tensor]:
 
 
 def _probe(model: PreTrainedModel) -> Plan:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_rows(model)
     ids = (torch.arange(16, device=model.device).reshape(2, 8) * 7 + 1) % vocabulary
     states = run_trunk(model, ids)
     _check_causal(model, ids, states)
@@ -97,8 +98,8 @@ def _probe(model: PreTrainedModel) -> Plan:
     trial = Plan(states.shape[-1], packs, True, softcap, multiplier)
     if not _head_agrees(model, trial, ids, states):
         warnings.warn(
-            f"{type(model).__name__}: its logits are not those of a plain output layer, so log-probabilities are taken from its full forward "
-            "(right, but with more memory)",
+            f"{type(model).__name__}: its logits are not those of a plain output layer, so log-probabilities are taken "
+            "from its full forward (right, but with more memory)",
             stacklevel=3,
         )
         return Plan(states.shape[-1], packs, False)

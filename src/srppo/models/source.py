@@ -111,7 +111,9 @@ def refuse_foreign_code(source: Source, config: dict[str, Any], trust_remote_cod
             f"{source}: the architecture {model_type!r} runs Python code that comes with the model, which is refused by default; "
             "read that code, then set model.trust_remote_code: true if you trust it"
         )
-    raise ModelError(f"{source}: config.json names the architecture {model_type!r}, unknown to the installed transformers; a newer one may know it")
+    raise ModelError(
+        f"{source}: config.json names the architecture {model_type!r}, unknown to the installed transformers; a newer one may know it"
+    )
 
 
 def refuse_encoder_decoder(source: Source, config: dict[str, Any]) -> None:
@@ -132,7 +134,7 @@ def refuse_pickle(source: Source, allow_pickle: bool) -> None:
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLE and f.name != "training_args.bin")
     if pickles:
         raise ModelError(
-            f"{source}: the weights are pickle files ({', '.join(pickles[:3])}), which can run code when loaded, and are refused by default; "
+            f"{source}: the weights are pickle files ({', '.join(pickles[:3])}), which can run code when loaded: refused by default; "
             "convert them to safetensors, or set model.allow_pickle: true if you trust them"
         )
     raise ModelError(f"{source}: holds no weights (*.safetensors)")
@@ -148,5 +150,6 @@ def is_adapter(source: Source) -> bool:
 def unreachable(source: Source, error: Exception) -> str:
     """The message for a model that cannot be read: what transformers or the hub said, and what to do."""
     said = " ".join(str(error).split())[:400]
-    hint = "check the files of this folder" if source.local else "no local folder has this name, and the hub did not provide it: check the name, the revision and the network, or give the path of a local folder"
+    absent = "no local folder has this name, and the hub did not provide it: check name, revision and network, or give a folder's path"
+    hint = "check the files of this folder" if source.local else absent
     return f"{source}: cannot be loaded ({hint}). Cause: {said}"

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from srppo.config import ModelConfig
 from srppo.errors import ModelError
 from srppo.models.source import find_source, model_source, unreachable
+from srppo.models.weights import embedding_rows
 
 _MARK = "0815"  # stands for an assistant's words when a chat template is asked what follows them
 
@@ -45,24 +46,35 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | 
     """
     special = _special_ids(tokenizer)
     eos: list[int] = _ids(tokenizer.eos_token_id)
-    ordinary = []
+    ordinary: list[int] = []
     for holder in _configs(model):
         for token in _ids(getattr(holder, "eos_token_id", None)):
             (eos if token in special else ordinary).append(token)
     end_of_turn = _end_of_turn(tokenizer, special)
     eos_ids = tuple(dict.fromkeys([*eos, *([] if end_of_turn is None else [end_of_turn])]))
-    ignored = sorted({t for t in ordinary if 0 <= t and t not in eos_ids})
+    ignored = sorted({t for t in ordinary if t >= 0 and t not in eos_ids})
     if ignored:
-        warnings.warn(f"the model's config calls the ids {ignored} end of sequence, but to the tokenizer they are ordinary tokens: ignored", stacklevel=2)
+        warnings.warn(
+            f"the model's config calls the ids {ignored} end of sequence, but to the tokenizer they are ordinary tokens: ignored",
+            stacklevel=2,
+        )
     if not eos_ids:
-        raise ModelError("the tokenizer has no end-of-sequence token and the model names none, so no response could ever end; set tokenizer.eos_token")
+        raise ModelError(
+            "the tokenizer has no end-of-sequence token and the model names none, so no response could ever end; set tokenizer.eos_token"
+        )
     return SpecialTokens(_pad_id(tokenizer, model, eos_ids), eos_ids)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None, eos_ids: tuple[int, ...]) -> int:
     size = vocabulary_size(tokenizer)
     configs = [i for holder in _configs(model) for i in _ids(getattr(holder, "pad_token_id", None))]
-    candidates = [*_ids(tokenizer.pad_token_id), *configs, *_ids(tokenizer.unk_token_id), *_ids(tokenizer.bos_token_id), *range(len(eos_ids) + 1)]
+    candidates = [
+        *_ids(tokenizer.pad_token_id),
+        *configs,
+        *_ids(tokenizer.unk_token_id),
+        *_ids(tokenizer.bos_token_id),
+        *range(len(eos_ids) + 1),
+    ]
     return next((i for i in candidates if 0 <= i < size and i not in eos_ids), eos_ids[0])
 
 
@@ -73,7 +85,9 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> int |
     try:
         text = tokenizer.apply_chat_template([{"role": "user", "content": "1"}, {"role": "assistant", "content": _MARK}], tokenize=False)
     except Exception as error:  # a Jinja template can raise anything
-        warnings.warn(f"the chat template does not render a plain conversation ({error}); its end-of-turn token is not looked for", stacklevel=3)
+        warnings.warn(
+            f"the chat template does not render a plain conversation ({error}); its end-of-turn token is not looked for", stacklevel=3
+        )
         return None
     _, found, tail = str(text).rpartition(_MARK)
     if not found:
@@ -82,7 +96,9 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> int |
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    return {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    """Special tokens and added ones. (Some tokenizers add runs of blanks, which end nothing.)"""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.content.strip())}
 
 
 def _configs(model: PreTrainedModel | None) -> list[Any]:
@@ -104,7 +120,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """ModelError if the tokenizer can give ids that the embedding has no row for. (Spare rows are usual and allowed.)"""
-    rows, ids = model.get_input_embeddings().weight.shape[0], vocabulary_size(tokenizer)
+    rows, ids = embedding_rows(model), vocabulary_size(tokenizer)
     if ids > rows:
         raise ModelError(
             f"the tokenizer ({tokenizer.name_or_path or 'without a name'}) has {ids} tokens but the model "
@@ -122,12 +138,13 @@ def check_same_vocabulary(
     words_a, words_b = a.get_vocab(), b.get_vocab()
     if words_a != words_b:
         differing = sorted(t for t in words_a.keys() | words_b.keys() if words_a.get(t) != words_b.get(t))
-        shown = ", ".join(repr(t) for t in differing[:5])
+        sizes, shown = f"{len(words_a)} and {len(words_b)} tokens", ", ".join(repr(t) for t in differing[:5])
         raise ModelError(
-            f"{names[0]} and {names[1]} have different vocabularies ({len(words_a)} and {len(words_b)} tokens; {len(differing)} differ, such as {shown}): "
+            f"{names[0]} and {names[1]} have different vocabularies ({sizes}; {len(differing)} differ, such as {shown}): "
             "their log-probabilities cannot be compared; use models of one family and one tokenizer"
         )
     if rows_a != rows_b:
         raise ModelError(
-            f"{names[0]} embeds {rows_a} tokens and {names[1]} {rows_b}, though their tokenizers agree: one was resized; resize the other alike"
+            f"{names[0]} embeds {rows_a} tokens and {names[1]} {rows_b}, though their tokenizers agree: "
+            "one was resized; resize the other alike"
         )

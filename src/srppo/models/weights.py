@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from srppo.errors import ModelError
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids the model's input embedding has rows for."""
+    return cast(Tensor, model.get_input_embeddings().weight).shape[0]
 
 
 def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:

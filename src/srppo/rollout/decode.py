@@ -95,14 +95,14 @@ def prefill(model: NextToken, prompts: Sequence[tuple[int, ...]]) -> tuple[Dynam
 def decode(
     model: NextToken,
     prompts: Sequence[tuple[int, ...]],
-    uniforms: Tensor | None,
+    uniforms: Tensor,
     eos_ids: Sequence[int],
     sampling: Sampling,
     on_ended: Callable[[int], None],
 ) -> tuple[Tensor, Tensor]:
     """Sample a response to each of R prompts, equal ones side by side.
 
-    uniforms: [R, T] float64 on the model's device, None when greedy. on_ended(n): n more rows have ended.
+    uniforms: [R, T] float64 on the model's device, unused when greedy. on_ended(n): n more rows have ended.
     Returns tokens [R, T] int64 and their untempered log-probabilities [R, T] float32; what follows a row's first EOS is without meaning.
     """
     device, limit = model.device, sampling.max_new_tokens
@@ -121,7 +121,7 @@ def decode(
 
     cache, logits = prefill(model, prompts)
     for step in range(limit):
-        token, logprob = draw(logits, None if uniforms is None else uniforms[rows, step], sampling)
+        token, logprob = draw(logits, uniforms[rows, step], sampling)
         tokens[rows, step], logprobs[rows, step] = token, logprob
         ended |= torch.isin(token, eos)
         if step + 1 == limit:

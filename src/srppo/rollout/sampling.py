@@ -52,24 +52,24 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     return block * BLOCK + torch.minimum(inside, last)
 
 
-def draw(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """One token a row, and its log-probability under the model itself: untempered, unfiltered, float32.
 
-    logits [R, V]; uniforms [R] float64, None for greedy. Filters apply in Hugging Face's order: temperature, top-k, top-p.
+    logits [R, V]; uniforms [R] float64, of no effect when greedy. Filters apply in Hugging Face's order: temperature, top-k, top-p.
     Returns tokens [R] int64 and log-probabilities [R] float32.
     """
-    logprobs = logits.float().log_softmax(-1)
-    if uniforms is None:
-        tokens = logits.argmax(-1)
-    else:
-        tokens = inverse_cdf(_weights(logprobs, sampling), uniforms)
+    logits = logits.float()
+    if not sampling.biased:  # one pass over the vocabulary less; a token drawn by its own probability is never so rare as to underflow
+        probabilities = logits.softmax(-1)
+        tokens = inverse_cdf(probabilities, uniforms)
+        return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
+    logprobs = logits.log_softmax(-1)
+    tokens = logits.argmax(-1) if sampling.deterministic else inverse_cdf(_filtered(logprobs, sampling), uniforms)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def _weights(logprobs: Tensor, sampling: Sampling) -> Tensor:
+def _filtered(logprobs: Tensor, sampling: Sampling) -> Tensor:
     """[R, V] sampling weights."""
-    if not sampling.biased:
-        return logprobs.exp()
     scores = logprobs / sampling.temperature
     if sampling.top_k:
         scores = top_k_filter(scores, sampling.top_k)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from srppo.errors import ConfigError, DataError, ModelError
 from srppo.records import Rollout
+from srppo.rollout.attention import grouped
 from srppo.rollout.decode import NextToken, decode
 from srppo.rollout.engine import Progress, Sampling
 from srppo.seeding import row_uniforms
@@ -76,7 +77,7 @@ class TorchEngine:
             step = NextToken(model, self.special.pad_id)
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                uniforms = None if sampling.deterministic else row_uniforms([seeds[r] for r in batch], limit).to(step.device)
+                uniforms = row_uniforms([seeds[r] for r in batch], limit).to(step.device)
                 sampled, scores = decode(step, [rows[r] for r in batch], uniforms, self.special.eos_ids, sampling, advance)
                 tokens[batch], logprobs[batch] = sampled.cpu(), scores.cpu()
         return _record(rows, prompt_index, tokens, logprobs, self.special.eos_ids)
@@ -84,12 +85,13 @@ class TorchEngine:
     @contextlib.contextmanager
     def _generating(self, model: PreTrainedModel) -> Iterator[None]:
         """No gradients, evaluation mode (dropout off, and no gradient checkpointing, which forbids a cache), autocast; then as before."""
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside PEFT's wrapper
         training = [m for m in model.modules() if m.training]
         model.eval()
         device = model.device.type
         try:
             # not inference_mode: buffers that a model fills on its way would be unusable in training
-            with torch.no_grad(), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            with torch.no_grad(), torch.autocast(device, self.autocast, enabled=self.autocast is not None), grouped(inner):
                 yield
         finally:
             for module in training:

@@ -62,6 +62,7 @@ def train_ppo(
     folder = run.path / "checkpoints" / "ppo"
     roles.create("policy", "sft")
     roles.create_critic("sft")
+    roles.freeze("sft")  # after the copies were taken from its full precision
     state = PPOState(
         Learner(roles.parameters("policy"), ppo.learning_rate, ppo.max_grad_norm),
         Learner(roles.critic_parameters(), ppo.critic_learning_rate, ppo.max_grad_norm),

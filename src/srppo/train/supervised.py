@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from srppo.config import SFTConfig
-from srppo.data.batching import micro_batches, sft_batch, steps_per_epoch
+from srppo.data.batching import micro_batches, step_batch, steps_per_epoch
 from srppo.errors import TrainingStopped
 from srppo.losses.supervised import cross_entropy
 from srppo.masking import example_batch, length_sorted_chunks
@@ -77,7 +77,7 @@ def train_supervised(
             started = time.perf_counter()
             lr = cosine_lr(step, steps, config.learning_rate, config.warmup, config.final_lr_fraction)
             learner.set_lr(lr)
-            rows = sft_batch(examples, step, batch_size=config.batch_size, seed=seed, batching=config.batching)
+            rows = step_batch(examples, step=step, batch_size=config.batch_size, seed=seed, batching=config.batching)
             batches = [
                 b.to(roles.device)
                 for b in micro_batches(

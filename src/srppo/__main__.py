@@ -1,0 +1,5 @@
+"""`python -m srppo` is `srppo`."""
+
+from srppo.cli import main
+
+main()

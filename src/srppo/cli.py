@@ -1,0 +1,288 @@
+"""The command `srppo`. Nothing heavy is imported here: each command loads what it needs when it runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from srppo import __version__
+from srppo.errors import ConfigError, SrppoError
+from srppo.flags import RunCommand, parse_overrides
+
+if TYPE_CHECKING:
+    from srppo.config import RunConfig
+    from srppo.progress import Progress
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for a program that Ctrl-C ended
+
+
+class Commands(click.Group):
+    """A group that tells the user's errors in words and keeps tracebacks for bugs (and --debug)."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SrppoError as error:
+            if ctx.meta.get("debug"):
+                raise
+            click.echo(f"srppo: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("\n" + after_interrupt(ctx.meta.get("output")), err=True)
+            ctx.exit(INTERRUPTED)
+
+
+def after_interrupt(output: str | None) -> str:
+    """What a run that was cut off at once (before or while it saved) left, and how to go on."""
+    from srppo.run_folder import is_run
+
+    if output is None:
+        return "srppo: interrupted"
+    if not is_run(output):
+        return "srppo: interrupted before anything was saved"
+    saved = [p for p in Path(output).glob("checkpoints/*/checkpoint-*") if p.is_dir()]
+    newest = max(saved, key=lambda p: p.stat().st_mtime, default=None)
+    kept = f"the state of {newest} is kept" if newest else "finished stages are kept, the stage it was in starts again"
+    words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
+    return f"srppo: interrupted; {kept}. Continue with: srppo {shlex.join(words)} --resume"
+
+
+def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta["debug"] = True  # meta is shared with the group's context
+
+
+def common(command: Function) -> Function:
+    """Options of every command that computes."""
+    choice = click.Choice(["live", "plain", "quiet", "json"])
+    say = "How to report: bars, lines for a log, warnings and tables only, or JSON lines. live is plain where stdout is no terminal."
+    command = click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors.")(command)
+    return click.option("--progress", type=choice, default="live", show_default=True, help=say)(command)
+
+
+def folder_options(command: Function) -> Function:
+    """What to do with an output folder that exists."""
+    command = click.option("--overwrite", is_flag=True, help="Delete the run that is in the output folder, and start anew.")(command)
+    return click.option("--resume", is_flag=True, help="Continue the run in the output folder where it stopped.")(command)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="srppo")
+def cli() -> None:
+    """Align language models from demonstrations only, by Self-Rewarding PPO.
+
+    \b
+    srppo demo                 see it work in a few minutes, in an embedded world
+    srppo config > my.yaml     a recipe to fill in: every key, documented
+    srppo align my.yaml        demonstrations in, aligned model and honest report out
+    """
+
+
+def _config(ctx: click.Context, recipe: str | None, flags: dict[str, str | None]) -> RunConfig:
+    """The recipe with the flags over it; where its output goes is remembered for the word after Ctrl-C."""
+    from srppo.config import build, load_recipe, merge
+
+    overrides = parse_overrides(flags)
+    config = load_recipe(recipe, overrides) if recipe is not None else build(merge({}, overrides), source="the flags")
+    ctx.meta["output"] = config.output
+    return config
+
+
+def _progress(mode: str) -> Progress:
+    from srppo.progress import make_progress
+
+    return make_progress(mode)
+
+
+@cli.command(cls=RunCommand, short_help="Everything: SFT, PPO, baselines, evaluation, report.")
+@click.argument("recipe", required=False)
+@folder_options
+@common
+@click.pass_context
+def align(ctx: click.Context, recipe: str | None, resume: bool, overwrite: bool, progress: str, **flags: str | None) -> None:
+    """Do everything: SFT, PPO, the baselines, the evaluation and the report.
+
+    RECIPE is a YAML file; every key of it can be given as a flag instead, or changed by one: --ppo.learning_rate 1e-6.
+    """
+    config = _config(ctx, recipe, flags)
+    from srppo.job import align as library
+
+    library(config, resume=resume, overwrite=overwrite, progress=_progress(progress))
+
+
+@cli.command(cls=RunCommand, short_help="Fine-tune on the demonstrations only.")
+@click.argument("recipe", required=False)
+@folder_options
+@common
+@click.pass_context
+def sft(ctx: click.Context, recipe: str | None, resume: bool, overwrite: bool, progress: str, **flags: str | None) -> None:
+    """Fine-tune on the demonstrations only, and evaluate that."""
+    config = _config(ctx, recipe, flags)
+    from srppo.job import run_sft
+
+    run_sft(config, resume=resume, overwrite=overwrite, progress=_progress(progress))
+
+
+@cli.command(cls=RunCommand, short_help="PPO only, from a finished SFT model.")
+@click.argument("recipe", required=False)
+@folder_options
+@common
+@click.pass_context
+def ppo(ctx: click.Context, recipe: str | None, resume: bool, overwrite: bool, progress: str, **flags: str | None) -> None:
+    """Run PPO only: from --sft.checkpoint, or (with --resume) from the SFT model that the output folder holds."""
+    config = _config(ctx, recipe, flags)
+    from srppo.job import run_ppo
+
+    run_ppo(config, resume=resume, overwrite=overwrite, progress=_progress(progress))
+
+
+@cli.command(cls=RunCommand, short_help="Evaluate a run again, or another model by its rules.")
+@click.argument("target")
+@click.option("--model", help="A model folder or hub id to evaluate instead of what the run holds.")
+@common
+@click.pass_context
+def evaluate(ctx: click.Context, target: str, model: str | None, progress: str, **flags: str | None) -> None:
+    """Evaluate again what a run holds, or another model by its rules.
+
+    TARGET is a run folder, or a recipe. With --model the results go to a run folder of their own, --output.
+    """
+    from srppo.run_folder import is_run
+
+    given = {k: v for k, v in flags.items() if v is not None}
+    if is_run(target):
+        if model is not None and "output" not in given:
+            raise ConfigError("--model: say with --output where the results go; the run folder itself keeps its own")
+        config = _config(ctx, str(Path(target) / "config.yaml"), flags) if given else None
+    elif Path(target).is_dir():
+        raise ConfigError(
+            f"{target}: not a run folder (no config.yaml of srppo in it); to evaluate a model: srppo evaluate RECIPE --model {target}"
+        )
+    else:
+        config = _config(ctx, target, flags)
+        target = config.output
+        if model is None and not is_run(target):
+            raise ConfigError(f"its output {target} holds no run yet; give --model FOLDER, or run `srppo align` first")
+    from srppo.job import run_evaluate
+
+    run_evaluate(model or target, config, progress=_progress(progress))
+
+
+@cli.command(short_help="See it work in an embedded world, in minutes.")
+@click.option("--seed", default=0, show_default=True, help="Decides data, sampling and initial values.")
+@click.option("--output", default="runs/demo", show_default=True, help="The run folder.")
+@folder_options
+@common
+@click.pass_context
+def demo(ctx: click.Context, seed: int, output: str, resume: bool, overwrite: bool, progress: str) -> None:
+    """Run everything in a small embedded world with exact answers."""
+    ctx.meta["output"] = output
+    from srppo.lab.demo import demo as library
+
+    library(seed, output, resume=resume, overwrite=overwrite, progress=_progress(progress))
+
+
+@cli.command(short_help="Print a model's answers to prompts.")
+@click.argument("model")
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
+@click.option("--prompts", "file", type=click.Path(), help="A text file with a prompt a line, or a jsonl file with `prompt` or `messages`.")
+@click.option("--base", help="The base of an adapter, where not the one its own configuration names.")
+@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Length limit of an answer.")
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0), help="1 is the model's own distribution.")
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling.")
+@click.option("--samples", default=1, show_default=True, type=click.IntRange(1), help="Answers a prompt.")
+@click.option("--greedy", is_flag=True, help="Always the likeliest token.")
+@click.option("--raw", is_flag=True, help="Continue string prompts as they are instead of wrapping them as user messages.")
+@click.option("--seed", default=0, show_default=True, help="Decides the samples.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda …")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line: prompt, completion, tokens, ended.")
+@click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors.")
+def generate(model: str, prompts: tuple[str, ...], file: str | None, as_json: bool, **settings: Any) -> None:
+    """Print a model's answers. MODEL is a model folder, an adapter folder, a run folder (its best stage) or a hub id."""
+    if bool(prompts) == (file is not None):
+        raise ConfigError("give either --prompt TEXT (once or more) or --prompts FILE")
+    from srppo.generate import generate_text, print_completions, read_prompts
+
+    asked = read_prompts(file) if file is not None else list(prompts)
+    print_completions(generate_text(model, asked, **settings), as_json=as_json)
+
+
+@cli.command(short_help="Write a run's report.html and plots anew.")
+@click.argument("run")
+@click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors.")
+def report(run: str) -> None:
+    """Write report.html and the plots anew from what a run folder holds (also of an unfinished run)."""
+    from srppo.report import write_report
+
+    click.echo(write_report(run))
+
+
+@cli.command(cls=RunCommand, short_help="Every key of a recipe, documented.")
+@click.argument("recipe", required=False)
+@click.pass_context
+def config(ctx: click.Context, recipe: str | None, **flags: str | None) -> None:
+    """Print every key with its documentation and default; with a RECIPE or flags, the values a run would have."""
+    from srppo.config import dump
+    from srppo.flags import template
+
+    if recipe is None and not any(v is not None for v in flags.values()):
+        click.echo(template(), nl=False)
+    else:
+        click.echo(dump(_config(ctx, recipe, flags)), nl=False)
+
+
+@cli.group()
+def lab() -> None:
+    """The embedded world: remake its model, or write out its data."""
+
+
+@lab.command()
+@click.option("--output", required=True, help="Folder for the model, in the Hugging Face layout.")
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps; by default as for the model that srppo ships.")
+@click.option("--seed", default=0, show_default=True)
+@common
+def pretrain(output: str, steps: int | None, seed: int, progress: str) -> None:
+    """Pretrain the world's base model."""
+    from srppo.lab.pretrain import STEPS
+    from srppo.lab.pretrain import pretrain as library
+
+    refuse_existing(output)
+    reporter, total = _progress(progress), steps or STEPS
+    with reporter.stage("Pretrain", total, "steps") as stage:
+        library(output, seed=seed, steps=total, progress=lambda done, _, loss: stage.advance(done, loss=loss))
+    reporter.note(f"model: {output}")
+
+
+@lab.command()
+@click.option("--output", required=True, help="Folder for the demonstrations, prompts and evaluation rows.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors.")
+def world(output: str, seed: int) -> None:
+    """Write the world's demonstrations, prompts and evaluation rows as jsonl files."""
+    from srppo.lab.world import write_world
+
+    refuse_existing(output)
+    write_world(Path(output), seed)
+    click.echo(output)
+
+
+def refuse_existing(output: str) -> None:
+    """Raise a RunFolderError where a folder that is not a run would be written over."""
+    from srppo.errors import RunFolderError
+
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunFolderError(f"{output}: exists already; choose another --output")
+
+
+def main() -> None:
+    """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without β must not end a run
+    cli(prog_name="srppo")

@@ -1,0 +1,270 @@
+"""The roles a language model plays in a run: base, sft, policy, critic, and any other that is given a name.
+
+One object owns them all. How they share memory is the store's affair (full_roles.py, lora_roles.py); what they mean is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from srppo.config import ModelConfig, RunConfig
+from srppo.errors import ModelError
+from srppo.models.critic import token_values, value_head
+from srppo.models.forward import token_scores
+from srppo.models.full_roles import FullRoles, refuse_adapter
+from srppo.models.load import load_model
+from srppo.models.lora_roles import LoraRoles
+from srppo.models.plan import plan
+from srppo.models.saving import atomic_folder, model_card, valid_generation_config
+from srppo.models.source import Source, find_source, is_adapter, model_source, read_json
+from srppo.models.tokens import SpecialTokens, check_fit, check_same_vocabulary, load_tokenizer, special_tokens
+from srppo.models.weights import copy_into, fingerprint, snapshot
+from srppo.records import TokenBatch, TokenScores
+
+CRITIC = "critic"
+
+
+class Store(Protocol):
+    """Where the roles' weights live. "base" is always there and always frozen; the role "critic" is a trunk (with or without a head)."""
+
+    kind: str
+
+    def names(self) -> set[str]: ...
+    def create(self, role: str, source: str) -> None: ...
+    def create_critic(self, source: str) -> None: ...
+    def load(self, role: str, place: str) -> None: ...
+    def drop(self, role: str) -> None: ...
+    def freeze(self, role: str) -> None: ...
+    def frozen(self, role: str) -> bool: ...
+    def use(self, role: str, train: bool) -> AbstractContextManager[PreTrainedModel]: ...
+    def parameters(self, role: str) -> dict[str, nn.Parameter]: ...
+    def tensors(self, role: str) -> dict[str, Tensor]: ...
+    def load_state(self, role: str, state: dict[str, Tensor]) -> None: ...
+    def vocabulary_rows(self, role: str) -> int: ...
+    def write(self, role: str, folder: str) -> None: ...
+    def model(self, role: str) -> PreTrainedModel: ...
+
+
+class Roles:
+    """The models of a run by role. Made by build_roles; the attributes are for reading."""
+
+    def __init__(
+        self,
+        store: Store,
+        tokenizer: PreTrainedTokenizerBase,
+        special: SpecialTokens,
+        model_config: ModelConfig,
+        source: Source,
+        device: torch.device,
+    ):
+        self.kind, self.tokenizer, self.special, self.model_config, self.device = store.kind, tokenizer, special, model_config, device
+        self._store, self._source = store, source
+        self._head: nn.Linear | None = None
+
+    # --- which roles there are
+
+    def names(self) -> set[str]:
+        """The language-model roles (the critic, which is none, not among them)."""
+        return self._store.names() - {CRITIC}
+
+    def has(self, role: str) -> bool:
+        return role in self._store.names()
+
+    def create(self, role: str, source: str) -> None:
+        """A new role that starts as an exact copy of the source's weights. Raises ModelError if it exists or the source does not."""
+        self._check_new(role)
+        self._check(source)
+        self._store.create(role, source)
+
+    def load(self, role: str, folder: str | Path) -> None:
+        """A new role from a folder or hub id: a model in full tuning, a LoRA adapter in lora tuning.
+
+        Raises ModelError if the place holds the other kind, another vocabulary, pickled weights, or does not fit the base.
+        """
+        self._check_new(role)
+        place = str(folder)
+        source = find_source(place)
+        if self.kind == "full" and source.gguf_file is None and is_adapter(source):
+            raise refuse_adapter(place)
+        self._store.load(role, place)
+        try:
+            own = load_tokenizer(self.model_config, name=place) if _has_tokenizer(source) else self.tokenizer
+            check_same_vocabulary(
+                self.tokenizer, own, self._store.vocabulary_rows("base"), self._store.vocabulary_rows(role), ("base", role)
+            )
+        except ModelError:
+            self._store.drop(role)
+            raise
+
+    def drop(self, role: str) -> None:
+        """Forget a role and free its memory."""
+        self._check(role)
+        if role == "base":
+            raise ModelError("base cannot be dropped")
+        self._store.drop(role)
+
+    def freeze(self, role: str) -> None:
+        """From now on never trained; in full tuning also converted to model.frozen_dtype. (base is frozen from the start.)"""
+        self._check(role)
+        self._store.freeze(role)
+
+    # --- acting as a role
+
+    @contextmanager
+    def use(self, role: str, *, train: bool = False) -> Iterator[PreTrainedModel]:
+        """The model acting as a role.
+
+        train=False: eval mode, no gradient. train=True: train mode, gradients for this role's parameters alone.
+        Uses nest. On exit, also by an exception, adapter, requires_grad flags, modes and grad mode are as before.
+        Raises ModelError if there is no such role, or train is asked of a frozen one.
+        """
+        self._check(role)
+        if train and self._store.frozen(role):
+            raise ModelError(f"{role} is frozen and cannot be trained; create another role from it")
+        with self._store.use(role, train) as model:
+            yield model
+
+    def score(self, role: str, batch: TokenBatch, *, entropy: bool = False, train: bool = False) -> TokenScores:
+        """Log-probabilities [N] float32 that the role gives the batch's target tokens (see forward.token_scores)."""
+        with self.use(role, train=train) as model:
+            return token_scores(model, batch, entropy=entropy, autocast=self.model_config.autocast)
+
+    # --- weights
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """What training this role changes: all parameters in full tuning, the adapter's in lora; none of a frozen role."""
+        self._check(role)
+        return self._store.parameters(role)
+
+    def state(self, role: str) -> dict[str, Tensor]:
+        """CPU clones of the role's own weights, for a checkpoint."""
+        self._check(role)
+        return snapshot(self._store.tensors(role))
+
+    def load_state(self, role: str, state: dict[str, Tensor]) -> None:
+        """Put back a `state`, exactly. Raises ModelError if it is of another model, or for base."""
+        self._check(role)
+        if role == "base":
+            raise ModelError("base is never changed")
+        self._store.load_state(role, state)
+
+    def fingerprint(self, role: str) -> str:
+        """A hash of the role's own weights (in lora tuning the adapter's; base has its own)."""
+        self._check(role)
+        return fingerprint(self._store.tensors(role))
+
+    def save(self, role: str, folder: str | Path, card: str | None = None) -> None:
+        """Write the role as a Hugging Face model folder, or as a PEFT adapter folder in lora tuning, with tokenizer,
+        generation config and README.md. The folder appears complete or not at all; one that exists is replaced.
+
+        card: Markdown for README.md, to which the lines that load the folder are added. Raises RunFolderError, ModelError.
+        """
+        self._check(role)
+        with atomic_folder(folder) as work:
+            self._write(role, work, card)
+
+    def _write(self, role: str, work: Path, card: str | None) -> None:
+        self._store.write(role, str(work))
+        self.tokenizer.save_pretrained(str(work))
+        generation = getattr(self._store.model("base"), "generation_config", None)
+        if generation is not None:
+            valid_generation_config(generation, self.special).save_pretrained(str(work))
+        text = model_card(card, role, self._source, self.model_config.dtype, adapter=self.kind == "lora")
+        (work / "README.md").write_text(text, encoding="utf-8")
+
+    # --- the critic
+
+    @property
+    def has_critic(self) -> bool:
+        return self._head is not None
+
+    def create_critic(self, source: str) -> None:
+        """A critic whose trunk starts as a copy of the source's and whose values start at exactly 0."""
+        self._check_new(CRITIC, critic=True)
+        self._check(source)
+        self._store.create_critic(source)
+        self._head = value_head(plan(self._store.model(CRITIC)).width, self.device)
+
+    def values(self, batch: TokenBatch, *, train: bool = False) -> Tensor:
+        """[N] float32: the critic's value of the state that predicts each target token."""
+        with self._store.use(CRITIC, train) as trunk:
+            return token_values(trunk, self._value_head(), batch, autocast=self.model_config.autocast)
+
+    def critic_parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            **_prefixed("trunk.", self._store.parameters(CRITIC)),
+            **_prefixed("value_head.", dict(self._value_head().named_parameters())),
+        }
+
+    def critic_state(self) -> dict[str, Tensor]:
+        """CPU clones of the critic's weights, for a checkpoint."""
+        return snapshot(self._critic_tensors())
+
+    def load_critic_state(self, state: dict[str, Tensor]) -> None:
+        """Put back a `critic_state`, exactly. Raises ModelError if it is of another critic."""
+        copy_into(self._critic_tensors(), state, CRITIC)
+
+    def save_critic(self, folder: str | Path, card: str | None = None) -> None:
+        """Write the trunk (a model folder, or an adapter folder) and value_head.safetensors (weight [1, H], bias [1])."""
+        head = self._value_head()
+        text = (
+            card
+            or "# Critic\n\nThe value function of a Self-Rewarding PPO run: this trunk, with `value_head.safetensors` on its last states."
+        )
+        with atomic_folder(folder) as work:
+            self._write(CRITIC, work, text)
+            save_file({n: p.detach().cpu().contiguous() for n, p in head.named_parameters()}, work / "value_head.safetensors")
+
+    def _critic_tensors(self) -> dict[str, Tensor]:
+        head = {f"value_head.{n}": p for n, p in self._value_head().named_parameters()}
+        return {**{f"trunk.{n}": t for n, t in self._store.tensors(CRITIC).items()}, **head}
+
+    def _value_head(self) -> nn.Linear:
+        if self._head is None:
+            raise ModelError("there is no critic yet; create_critic makes one")
+        return self._head
+
+    # --- checks
+
+    def _check(self, role: str) -> None:
+        if role not in self._store.names():
+            raise ModelError(f"there is no role {role!r}; there are {', '.join(sorted(self._store.names()))}")
+
+    def _check_new(self, role: str, critic: bool = False) -> None:
+        if role in self._store.names():
+            raise ModelError(f"the role {role!r} exists already; drop it first")
+        if not role.isidentifier() or (role == CRITIC and not critic):
+            raise ModelError(f"{role!r} cannot be the name of a role (a plain word other than critic can)")
+
+
+def build_roles(config: RunConfig) -> Roles:
+    """Load tokenizer and base model, check that they fit, and set up the roles. Only base is there at first. Raises ModelError."""
+    model, source = config.model, model_source(config.model)
+    dtype, frozen_dtype = model.dtype, model.frozen_dtype or model.dtype
+    base = load_model(model, dtype=frozen_dtype if config.tuning.kind == "full" else dtype)
+    tokenizer = load_tokenizer(model)
+    check_fit(tokenizer, base)
+    special = special_tokens(tokenizer, base)
+    plan(base)
+    store: Store
+    if config.tuning.kind == "full":
+        store = FullRoles(base, lambda name: load_model(model, name=name), getattr(torch, dtype), getattr(torch, frozen_dtype))
+    else:
+        store = LoraRoles(base, config.tuning, source, config.seed, model.allow_pickle)
+    return Roles(store, tokenizer, special, model, source, base.device)
+
+
+def _prefixed(prefix: str, named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {prefix + name: p for name, p in named.items()}
+
+
+def _has_tokenizer(source: Source) -> bool:
+    return source.gguf_file is not None or read_json(source, "tokenizer_config.json") is not None

@@ -1,0 +1,74 @@
+"""Attention for decoding: one query a row, without copying the keys for every query head that shares them.
+
+transformers' sdpa repeats keys and values to the number of query heads whenever there is a mask. With one query a row
+the heads of a group can stand as the queries of one shared head instead: the same sums, several times faster on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "srppo_grouped"
+_HANDLED = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
+_UNHANDLED = set(inspect.signature(sdpa_attention_forward).parameters) - _HANDLED  # a bias by position, and what may come
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What sdpa_attention_forward computes. query [R, G * H, Q, D]; key, value [R, H, L, D]. Returns [R, Q, G * H, D].
+
+    Query head g of group h is number h * G + g. Anything else than one query a row on shared heads goes to transformers.
+    """
+    rows, heads, queries, size = query.shape
+    shared = key.shape[1]
+    per_head_mask = attention_mask is not None and attention_mask.shape[1] != 1
+    if queries != 1 or heads == shared or per_head_mask or any(kwargs.get(k) is not None for k in _UNHANDLED):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    grouped = query.reshape(rows, shared, heads // shared, size)
+    output = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    return output.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+def decode_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' sdpa_mask; in decode steps on a device apart without the check for an all-true mask, which waits for the device."""
+    padding = kwargs.get("attention_mask")
+    if kwargs.get("q_length") == 1 and padding is not None and padding.device.type != "cpu":
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def grouped(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model that uses sdpa through transformers' attention interface use `grouped_attention`; then sdpa again.
+
+    Other models and implementations are left alone.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != "sdpa" or not getattr(model, "_supports_attention_backend", False):
+        yield
+        return
+    AttentionInterface.register(NAME, grouped_attention)
+    AttentionMaskInterface.register(NAME, decode_mask)
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
