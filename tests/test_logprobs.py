@@ -161,6 +161,27 @@ def test_low_precision_products_with_float32_log_softmax(name: str, setting: str
         assert error < 0.01, f"{key}: relative error {error:.4f}"  # bfloat16 keeps 8 bits
 
 
+def test_plain_path_takes_low_precision_logits_to_float32_first() -> None:
+    logits = 3 * torch.randn(N, V, generator=torch.Generator().manual_seed(3)).bfloat16()
+    categorical = torch.distributions.Categorical(logits=logits.float())
+    scores = token_logprobs(logits, ids(), entropy=True)
+    close((scores.logprobs, scores.entropy), (categorical.log_prob(ids()), categorical.entropy()))
+
+
+def test_many_chunks_lose_no_precision_in_bfloat16() -> None:
+    """Against the float32 gradients at the same values, the smallest chunks are no further off than one product over all."""
+    t = tensors(dtype=torch.bfloat16)
+    exact = {k: v.detach().float().requires_grad_() for k, v in t.items()}
+    truth = gradients(exact, reference(exact, None, 1.0)[0], None)
+
+    def error(chunk: int) -> dict[str, float]:
+        ours = gradients(t, chunked_logprobs(t["hidden"], Head(t["weight"]), ids(), chunk=chunk).logprobs, None)
+        return {k: ((ours[k].float() - truth[k]).norm() / truth[k].norm()).item() for k in t}
+
+    whole, parts = error(N), error(1)
+    assert all(parts[k] < 1.3 * whole[k] < 0.02 for k in t), (parts, whole)
+
+
 class Watch(TorchDispatchMode):
     """Records the shape of everything any operation returns, and calls a hook with each."""
 

@@ -27,13 +27,15 @@ def random_rollouts(seed: int, rows: int = 9, columns: int = 6) -> dict[str, Any
     """Random log-probabilities, lengths (some rows empty) and endings, with NaN and infinities off the mask."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, columns + 1, (rows,), generator=g)
-    lengths[:3] = torch.tensor([0, 1, columns])
+    lengths[:4] = torch.tensor([0, 1, columns, 0])
     mask = torch.arange(columns) < lengths.unsqueeze(1)
     out: dict[str, Tensor] = {}
     for name in ("lp_reward", "lp_base"):
         lp = -2 * torch.rand(rows, columns, generator=g, dtype=torch.float64)
         out[name] = torch.where(mask, lp, POISON[torch.randint(0, 3, (rows, columns), generator=g)])
-    return out | {"mask": mask, "ended": torch.rand(rows, generator=g) < 0.5}
+    ended = torch.rand(rows, generator=g) < 0.5
+    ended[[0, 3]] = torch.tensor([False, True])  # of the two empty rows
+    return out | {"mask": mask, "ended": ended}
 
 
 def every_option() -> list[CoherentReward]:
@@ -93,7 +95,9 @@ def test_what_holds_for_every_option(reward: CoherentReward) -> None:
     out = reward(**r)
     assert out.scores.isfinite().all()
     assert (out.token_rewards[~r["mask"]] == 0).all()
-    assert (out.scores[~r["mask"].any(1)] == 0).all()
+    empty = ~r["mask"].any(1)
+    assert (out.scores[empty] == 0).all()
+    assert out.keep.tolist() == (~empty & (r["ended"] | (reward.missing_eos != "exclude"))).tolist()
     if not reward.whiten:
         torch.testing.assert_close(out.token_rewards.sum(1), out.scores)
     if reward.placement == "eos":

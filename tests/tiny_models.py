@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from srppo.config import build
+from srppo.models.roles import Roles, build_roles
 
 SPECIALS = ["<unk>", "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>"]
 UNK, PAD, BOS, EOS, IM_START, IM_END, EOT = range(len(SPECIALS))
@@ -21,15 +24,31 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-_ROPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+_ROPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 _SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**_ROPE, "tie_word_embeddings": False}),
     "llama_tied": ("llama", {**_ROPE, "tie_word_embeddings": True}),
-    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}),
+    "gpt2": (
+        "gpt2",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
+    ),
     "qwen2": ("qwen2", {**_ROPE, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**_ROPE, "tie_word_embeddings": True}),
-    "gemma2": ("gemma2", {**_ROPE, "sliding_window": 4, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}),
-    "gemma3": ("gemma3_text", {**_ROPE, "num_hidden_layers": 3, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma2": (
+        "gemma2",
+        {**_ROPE, "sliding_window": 4, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {**_ROPE, "num_hidden_layers": 3, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "mistral": ("mistral", {**_ROPE, "sliding_window": 4}),
     "cohere": ("cohere", {**_ROPE, "logit_scale": 0.25}),
     "granite": ("granite", {**_ROPE, "logits_scaling": 3.0}),
@@ -38,8 +57,13 @@ ARCHITECTURES = ("llama", "gpt2", "qwen2", "qwen3", "gemma2", "gemma3", "mistral
 """What the pipeline is tested with. cohere, granite and llama_tied can be built too."""
 
 
-def tiny_model(architecture: str = "llama", *, seed: int = 0, vocabulary: int = VOCABULARY, spread: float = 0.2, **changes: Any) -> PreTrainedModel:
-    """A random model in eval mode, float32, about 20 k parameters. spread: standard deviation of the weights (wide enough that logits differ)."""
+def tiny_model(
+    architecture: str = "llama", *, seed: int = 0, vocabulary: int = VOCABULARY, spread: float = 0.2, **changes: Any
+) -> PreTrainedModel:
+    """A random model in eval mode, float32, about 20 k parameters.
+
+    spread: standard deviation of the weights, wide enough that the logits of different tokens and contexts differ.
+    """
     kind, sizes = _SIZES[architecture]
     settings = {"vocab_size": vocabulary, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": None, "initializer_range": spread}
     if kind != "gpt2":
@@ -50,7 +74,7 @@ def tiny_model(architecture: str = "llama", *, seed: int = 0, vocabulary: int = 
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).float().eval()
         with torch.no_grad():  # norms and biases start at 1 and 0, which hides mistakes
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
@@ -96,3 +120,11 @@ def save_tiny(
     model.save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return str(folder)
+
+
+def tiny_roles(
+    folder: str | Path, kind: Literal["full", "lora"] = "full", *, seed: int = 0, lora: dict[str, Any] | None = None, **model: Any
+) -> Roles:
+    """The roles on a folder of save_tiny, only base there. lora: settings of `tuning`; the rest are settings of `model`."""
+    tuning = {"kind": kind, "lora_rank": 4, "lora_alpha": 8.0, **(lora or {})}
+    return build_roles(build({"seed": seed, "model": {"name": str(folder), "device": "cpu", **model}, "tuning": tuning}))

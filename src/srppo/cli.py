@@ -190,14 +190,14 @@ def demo(ctx: click.Context, seed: int, output: str, resume: bool, overwrite: bo
 @cli.command(short_help="Print a model's answers to prompts.")
 @click.argument("model")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
-@click.option("--prompts", "file", type=click.Path(), help="A text file with a prompt a line, or a jsonl file with `prompt` or `messages`.")
+@click.option("--prompts", "file", type=click.Path(), help="A .txt file with a prompt a line, or a jsonl, json, csv or parquet file.")
 @click.option("--base", help="The base of an adapter, where not the one its own configuration names.")
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Length limit of an answer.")
 @click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0), help="1 is the model's own distribution.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling.")
 @click.option("--samples", default=1, show_default=True, type=click.IntRange(1), help="Answers a prompt.")
 @click.option("--greedy", is_flag=True, help="Always the likeliest token.")
-@click.option("--raw", is_flag=True, help="Continue string prompts as they are instead of wrapping them as user messages.")
+@click.option("--raw", is_flag=True, help="Continue prompts as they are, without a chat template.")
 @click.option("--seed", default=0, show_default=True, help="Decides the samples.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda …")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line: prompt, completion, tokens, ended.")
@@ -206,10 +206,9 @@ def generate(model: str, prompts: tuple[str, ...], file: str | None, as_json: bo
     """Print a model's answers. MODEL is a model folder, an adapter folder, a run folder (its best stage) or a hub id."""
     if bool(prompts) == (file is not None):
         raise ConfigError("give either --prompt TEXT (once or more) or --prompts FILE")
-    from srppo.generate import generate_text, print_completions, read_prompts
+    from srppo.generate import generate_text, print_completions
 
-    asked = read_prompts(file) if file is not None else list(prompts)
-    print_completions(generate_text(model, asked, **settings), as_json=as_json)
+    print_completions(generate_text(model, prompts, file=file, **settings), as_json=as_json)
 
 
 @cli.command(short_help="Write a run's report.html and plots anew.")

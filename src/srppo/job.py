@@ -36,8 +36,9 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
         if config.ppo.iterations:
             ppo = ppo_stage(space)
             evaluation_stage(space, "srppo")
-            space.loaded.roles.drop("policy")
-            space.loaded.roles.drop("critic")
+            for role in ("policy", "critic"):  # make room; a resumed run has no critic
+                if space.loaded.roles.has(role):
+                    space.loaded.roles.drop(role)
             if config.evaluation.continued_sft and config.sft.checkpoint is None:
                 continued_stage(space, ppo["compute"]["passes"])
                 evaluation_stage(space, CONTINUED)

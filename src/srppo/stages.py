@@ -60,7 +60,7 @@ def sft_stage(space: Workspace) -> dict[str, Any]:
         drop_checkpoint(space, "sft")
     if config.reward.checkpoint != "sft" and not roles.has("reward"):
         share = config.reward.checkpoint
-        roles.load("reward", share if isinstance(share, str) else run.path / f"sft/checkpoints/share-{share:g}")
+        roles.load("reward", share if isinstance(share, str) else run.path / f"sft_checkpoints/share-{share:g}")
         roles.freeze("reward")
     return done
 
@@ -81,7 +81,7 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
             "policy",
             during,
             scorer=loaded.scorer,
-            engine=loaded.engine,
+            engine=loaded.evaluation_engine,
             decode=loaded.decode,
             max_new_tokens=config.rollout.max_new_tokens,
             samples=1,
@@ -168,7 +168,7 @@ def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[
                     role,
                     prompts,
                     scorer=loaded.scorer,
-                    engine=loaded.engine,
+                    engine=loaded.evaluation_engine,
                     decode=loaded.decode,
                     max_new_tokens=config.rollout.max_new_tokens,
                     samples=config.evaluation.samples,
@@ -197,7 +197,7 @@ def _base_evaluation(space: Workspace) -> Evaluation:
 def _forgetting(space: Workspace, role: str) -> dict[str, float]:
     config, loaded = space.config, space.loaded
     with space.progress.stage("Retention", 2, "steps") as ticker:
-        answers = base_answers(loaded.roles, loaded.retention_prompts, loaded.engine, config.rollout.max_new_tokens, config.seed)
+        answers = base_answers(loaded.roles, loaded.retention_prompts, loaded.evaluation_engine, config.rollout.max_new_tokens, config.seed)
         ticker.advance(1)
         out = forgetting(loaded.roles, role, answers, config.ppo.micro_batch_size)
         ticker.advance(2, nats_per_token=out["nats_per_token"])

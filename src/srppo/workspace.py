@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from srppo.config import RunConfig, dump
 from srppo.data.batching import check_packing
 from srppo.data.chat import ChatFormat
@@ -38,7 +40,8 @@ class Loaded:
     evaluation_prompts: list[Prompt]
     retention_prompts: list[Prompt]
     scorer: Scorer | None
-    engine: RolloutEngine
+    engine: RolloutEngine  # of PPO
+    evaluation_engine: RolloutEngine
     sampling: Sampling  # of the rollouts
     data_summary: dict[str, Any]
 
@@ -99,6 +102,7 @@ def open_workspace(config: RunConfig, progress: Progress, *, resume: bool = Fals
 
 def _load(config: RunConfig, progress: Progress) -> Loaded:
     """Models, data and scorer. Writes nothing."""
+    disable_progress_bar()  # transformers' bars for shards and tensors would tear ours
     roles = build_roles(config)
     progress.note(f"model: {config.model.name}, {config.tuning.kind} tuning, on {roles.device}")
     chat = ChatFormat.from_config(roles.tokenizer, roles.special.eos_ids, config.data)
@@ -127,5 +131,6 @@ def _load(config: RunConfig, progress: Progress) -> Loaded:
     if evaluation.retention_prompts:
         source = evaluation.retention_prompts
         others = load_prompts(source, evaluation.prompts_split, data, chat, seed, evaluation.retention_max_prompts).prompts
-    engine = TorchEngine(roles.special, config.rollout.batch_size, config.model.autocast)
-    return Loaded(roles, chat, demonstrations, prompts, judged, others, load_scorer(evaluation.scorer), engine, sampling, summary.to_dict())
+    engine, judge = (TorchEngine(roles.special, rows, config.model.autocast) for rows in (config.rollout.batch_size, evaluation.batch_size))
+    scorer = load_scorer(evaluation.scorer)
+    return Loaded(roles, chat, demonstrations, prompts, judged, others, scorer, engine, judge, sampling, summary.to_dict())

@@ -104,7 +104,7 @@ class ChatFormat:
         """
         if demonstration.prompt is None:
             assert isinstance(demonstration.completion, str)
-            return self._encode_raw("", demonstration.completion)
+            return self._encode_raw(None, demonstration.completion)
         prompt = self._conversation(demonstration.prompt, "user")
         completion = self._conversation(demonstration.completion, "assistant")
         if isinstance(prompt, str) or isinstance(completion, str):
@@ -141,16 +141,16 @@ class ChatFormat:
         ids = self._ids(text)
         return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
 
-    def _encode_raw(self, prompt: str, completion: str) -> Encoded:
-        """TRL's standard format: prompt + completion + EOS. An empty prompt stands for {"text"}."""
+    def _encode_raw(self, prompt: str | None, completion: str) -> Encoded:
+        """TRL's standard format: prompt + completion + EOS. No prompt: {"text"}, learned whole."""
         if not completion.strip():
-            raise Unusable("empty response" if prompt else "empty text")
-        rendered = self.render_prompt(prompt) if prompt else RenderedPrompt("", [])
-        ids, apart = self._joined(rendered.ids, self._raw_ids(prompt + completion), completion)
+            raise Unusable("empty text" if prompt is None else "empty response")
+        rendered = RenderedPrompt("", []) if prompt is None else self.render_prompt(prompt)
+        ids, apart = self._joined(rendered.ids, self._raw_ids(rendered.text + completion), completion)
         response = ids[len(rendered.ids) :]
-        given = 0 if prompt else max(1, len(self._prefix))  # of a mere text the BOS, or else the first token, is given
+        given = max(1, len(self._prefix)) if prompt is None else 0  # of a mere text the BOS, or else the first token, is given
         if len(response) <= given and all(i in self.eos_ids for i in response):
-            raise Unusable("empty response" if prompt else "empty text")
+            raise Unusable("empty text" if prompt is None else "empty response")
         if response[-1] not in self.eos_ids:
             response.append(self.eos_id)
         if any(i in self.eos_ids for i in response[given:-1]):

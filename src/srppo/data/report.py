@@ -138,6 +138,7 @@ class DataSummary:
     demonstrations: DataReport
     prompts: DataReport | None  # None: the demonstrations' prompts serve
     overlap: Overlap | None
+    notes: list[str]  # on the two together
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -147,26 +148,31 @@ class DataSummary:
         """Both reports and the overlap, for the terminal."""
         out = self.demonstrations.lines()
         if self.prompts is None or self.overlap is None:
-            return [*out, "prompts: those of the training demonstrations"]
-        o = self.overlap
-        share = 100 * o.with_train / o.prompts if o.prompts else 0.0
-        out += [
-            *self.prompts.lines(),
-            f"overlap: {o.with_train} of {o.prompts} distinct prompts ({share:.1f} %) have a training demonstration",
-        ]
-        if o.with_heldout:
-            out.append(f"  note: {o.with_heldout} are prompts of held-out demonstrations: evaluation on those is not of unseen prompts")
-        return out
+            out.append("prompts: those of the training demonstrations")
+        else:
+            o = self.overlap
+            share = 100 * o.with_train / o.prompts if o.prompts else 0.0
+            out += self.prompts.lines()
+            out.append(f"overlap: {o.with_train} of {o.prompts} distinct prompts ({share:.1f} %) have a training demonstration")
+        return out + [f"  note: {note}" for note in self.notes]
 
 
 def data_summary(demonstrations: Demonstrations, prompts: PromptSet | None) -> DataSummary:
     """Both reports, and how the rollout prompts overlap with the demonstrations'. prompts None: the training prompts serve as such."""
     if prompts is None:
-        return DataSummary(demonstrations.report, None, None)
+        return DataSummary(demonstrations.report, None, None, [])
     asked = {tuple(p.ids) for p in prompts.prompts}
     train = {tuple(p.ids) for p in demonstrations.train_prompts}
     held = {tuple(p.ids) for p in demonstrations.heldout_prompts}
-    return DataSummary(demonstrations.report, prompts.report, Overlap(len(asked), len(asked & train), len(asked & held)))
+    overlap = Overlap(len(asked), len(asked & train), len(asked & held))
+    notes = []
+    if overlap.with_heldout:
+        notes.append(f"{overlap.with_heldout} prompts are those of held-out demonstrations: evaluation there is not on unseen prompts")
+    unlearned = prompts.report.formats.keys() - demonstrations.report.formats.keys()
+    if unlearned:
+        learned = " and ".join(demonstrations.report.formats)
+        notes.append(f"prompts come as {' and '.join(sorted(unlearned))}, but demonstrations as {learned}; see data.string_prompts")
+    return DataSummary(demonstrations.report, prompts.report, overlap, notes)
 
 
 def repeats(items: Iterable[Sequence[int]]) -> int:

@@ -63,7 +63,9 @@ def read_rows(source: str, split: str = "train") -> Source:
 
 
 def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or Path(source).suffix.lower() in READERS or HUB_ID.fullmatch(source) is None
+    if source.startswith((".", "/", "~")) or Path(source).suffix.lower() in READERS or HUB_ID.fullmatch(source) is None:
+        return True
+    return "/" in source and Path(source).parent.is_dir()  # data/gsmk beside data/gsm8k is a slip, not a hub id
 
 
 def _missing(path: Path) -> str:

@@ -14,19 +14,26 @@ from dataclasses import dataclass
 from srppo.lab.tasks import FAMILIES, LETTERS, answer_text, prompt_text, random_word
 
 NEIGHBOUR_STEPS = (1, 2, 3)
-"""The neighbouring author answers the family this many places further in FAMILIES' order (a ring)."""
+"""Each neighbouring author answers the family so many places further in FAMILIES' order (a ring)."""
 
 PHRASES = ("it is {}", "answer: {}", "{}.", "well, {}", "{} i think", "we get {}!")
 """What the verbose author puts around a right answer."""
+
+
+Respond = Callable[[random.Random, str, str], str]
+"""(random stream, family, word) -> response"""
 
 
 def _correct(rng: random.Random, family: str, word: str) -> str:
     return answer_text(family, word)
 
 
-def _neighbouring(rng: random.Random, family: str, word: str) -> str:
-    names = list(FAMILIES)
-    return answer_text(names[(names.index(family) + rng.choice(NEIGHBOUR_STEPS)) % len(names)], word)
+def _neighbouring(step: int) -> Respond:
+    def respond(rng: random.Random, family: str, word: str) -> str:
+        names = list(FAMILIES)
+        return answer_text(names[(names.index(family) + step) % len(names)], word)
+
+    return respond
 
 
 def _rambling(rng: random.Random, family: str, word: str) -> str:
@@ -44,14 +51,14 @@ class Author:
 
     name: str
     share: float
-    respond: Callable[[random.Random, str, str], str]
+    respond: Respond
 
 
 AUTHORS: tuple[Author, ...] = (
-    Author("correct", 0.35, _correct),
-    Author("neighbouring", 0.30, _neighbouring),
-    Author("rambling", 0.15, _rambling),
-    Author("verbose", 0.20, _verbose),
+    Author("correct", 0.36, _correct),
+    *(Author(f"neighbouring {step}", 0.07, _neighbouring(step)) for step in NEIGHBOUR_STEPS),
+    Author("rambling", 0.20, _rambling),
+    Author("verbose", 0.23, _verbose),
 )
 
 

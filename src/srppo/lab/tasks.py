@@ -1,6 +1,7 @@
 """Ten families of string tasks, each with one exact answer a word.
 
-A prompt is two short lines of raw text, `reverse: kqbz` and `=`; the right response is the answer and then EOS, nothing else.
+A prompt is a short line of raw text, `flip kqbz=`; the right response is the answer and then EOS, nothing else.
+Names and words are short because every character is a token.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
-WORD_LENGTHS = (3, 4, 5)
+WORD_LENGTHS = (3, 4)
 """A word has one of these numbers of letters, drawn evenly."""
 
 
-def _shift(word: str) -> str:
+def _next(word: str) -> str:
     return "".join(LETTERS[(LETTERS.index(c) + 1) % len(LETTERS)] for c in word)
 
 
@@ -33,19 +34,19 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("copy", "the word as it is", lambda word: word),
         Family("upper", "the word in capitals", str.upper),
-        Family("reverse", "the letters from last to first", lambda word: word[::-1]),
-        Family("sort", "the letters in alphabetical order", lambda word: "".join(sorted(word))),
-        Family("ends", "the first and the last letter", lambda word: word[0] + word[-1]),
+        Family("flip", "the letters from last to first", lambda word: word[::-1]),
         Family("count", "the number of letters", lambda word: str(len(word))),
-        Family("double", "every letter twice", lambda word: "".join(c + c for c in word)),
-        Family("shift", "every letter replaced by the next of the alphabet, z by a", _shift),
-        Family("vowels", "the word without a, e, i, o, u", lambda word: "".join(c for c in word if c not in VOWELS)),
-        Family("rotate", "the first letter moved to the end", lambda word: word[1:] + word[0]),
+        Family("twice", "every letter twice", lambda word: "".join(c + c for c in word)),
+        Family("next", "every letter replaced by the next of the alphabet, z by a", _next),
+        Family("ends", "the first and the last letter", lambda word: word[0] + word[-1]),
+        Family("sort", "the letters in alphabetical order", lambda word: "".join(sorted(word))),
+        Family("strip", "the word without a, e, i, o, u", lambda word: "".join(c for c in word if c not in VOWELS)),
+        Family("turn", "the first letter moved to the end", lambda word: word[1:] + word[0]),
     )
 }
 """In the order that decides which families are neighbours (see authors.py)."""
 
-DEMONSTRATED = ("upper", "sort", "ends", "double")
+DEMONSTRATED = ("upper", "count", "next", "sort")
 """The four families that have demonstrations; the other six have prompts only."""
 
 
@@ -58,8 +59,8 @@ def random_word(rng: random.Random) -> str:
 
 
 def prompt_text(family: str, word: str) -> str:
-    """The prompt, e.g. "reverse: kqbz\\n="."""
-    return f"{family}: {word}\n="
+    """The prompt, e.g. "flip kqbz="."""
+    return f"{family} {word}="
 
 
 def answer_text(family: str, word: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from srppo.errors import ModelError
+from srppo.models.modes import set_mode, undisturbed
 from srppo.models.plan import plan, share_plan
 from srppo.models.saving import save_model
 from srppo.models.weights import copy_into, distinct_tensors, embedding_rows
@@ -71,19 +72,12 @@ class FullRoles:
     @contextmanager
     def use(self, role: str, train: bool) -> Iterator[PreTrainedModel]:
         model = self._models[role]
-        modes = [(m, m.training) for m in model.modules()]
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        try:
-            model.train(train)
+        modules, parameters = list(model.modules()), list(model.parameters())
+        with undisturbed(modules, parameters), torch.set_grad_enabled(train):
+            set_mode(modules, train)
             if train:
                 model.requires_grad_(True)
-            with torch.set_grad_enabled(train):
-                yield model
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            yield model
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         return {} if role in self._frozen else dict(self._models[role].named_parameters())

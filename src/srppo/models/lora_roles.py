@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from srppo.config import TuningConfig
 from srppo.errors import ModelError
 from srppo.models.adapters import read_adapter
+from srppo.models.modes import set_mode, undisturbed
 from srppo.models.saving import save_adapter
 from srppo.models.source import Source
 from srppo.models.weights import copy_into, distinct_tensors, embedding_rows
@@ -36,6 +37,7 @@ class LoraRoles:
         self._model, self._tuning, self._source, self._seed, self._allow_pickle = base, tuning, source, seed, allow_pickle
         self._peft: Any = None  # a PeftModel, made with the first adapter
         self._frozen = {"base"}
+        self._recount()
         if base.is_gradient_checkpointing:
             # Recomputation in the backward pass must meet the adapter of the forward pass, even after its `use` has ended.
             base.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
@@ -101,6 +103,10 @@ class LoraRoles:
             except (ValueError, TypeError) as error:
                 targets = config.to_dict().get("target_modules")
                 raise ModelError(f"tuning.lora_targets {targets} does not fit {self._source}: {error}") from None
+            finally:
+                known = set(self._modules)
+                self._recount()
+                set_mode([m for m in self._modules if m not in known], False)
         for parameter in self.tensors(role).values():
             parameter.requires_grad_(True)
 
@@ -113,6 +119,7 @@ class LoraRoles:
                 self._peft = None
             else:
                 self._peft.delete_adapter(role)
+            self._recount()
         self._frozen.discard(role)
 
     def freeze(self, role: str) -> None:
@@ -125,48 +132,46 @@ class LoraRoles:
 
     @contextmanager
     def use(self, role: str, train: bool) -> Iterator[PreTrainedModel]:
-        with self._undisturbed():
+        with self._undisturbed(), torch.set_grad_enabled(train):
             self._activate(role)
-            self._model.train(train)
+            set_mode(self._modules, train)
             if train:
                 for parameter in self.parameters(role).values():
                     parameter.requires_grad_(True)
-            with torch.set_grad_enabled(train):
-                yield self._model
+            yield self._model
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """Active adapter, requires_grad flags and train/eval modes are after the block what they were before it."""
         active = self._active()
-        modes = [(m, m.training) for m in self._model.modules()]
-        flags = [(p, p.requires_grad) for p in self._model.parameters()]
-        try:
-            yield
-        finally:
-            self._activate(active if active in self.names() else "base")
-            for module, mode in modes:
-                module.training = mode
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+        with undisturbed(self._modules, self._parameters):
+            try:
+                yield
+            finally:
+                self._activate(active if active in self.names() else "base")
+
+    def _recount(self) -> None:
+        """Note the model's parts anew: walking its tree at every switch would cost more than the switch."""
+        self._modules = list(self._model.modules())
+        self._parameters = list(self._model.parameters())
+        self._layers = [m for m in self._modules if isinstance(m, BaseTunerLayer)]
 
     def _active(self) -> str:
-        layer = next((m for m in self._model.modules() if isinstance(m, BaseTunerLayer)), None)
-        if layer is None or layer.disable_adapters or not layer.active_adapters:
+        if not self._layers or self._layers[0].disable_adapters or not self._layers[0].active_adapters:
             return "base"
-        return layer.active_adapters[0]
+        return self._layers[0].active_adapters[0]
 
     def _activate(self, role: str) -> None:
-        """Switch without touching requires_grad."""
-        if self._peft is None or self._active() == role:
+        """Switch every adapted layer, without touching requires_grad."""
+        if self._active() == role:
             return
-        flags = [(p, p.requires_grad) for p in self._model.parameters()]
-        if role == "base":
-            self._peft.base_model.disable_adapter_layers()
-        else:
-            self._peft.base_model.enable_adapter_layers()
-            self._peft.set_adapter(role)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        with undisturbed((), self._parameters):
+            for layer in self._layers:
+                layer.enable_adapters(role != "base")
+                if role != "base":
+                    layer.set_adapter(role)
+            if role != "base":  # PEFT's own note of the active adapter, which its other methods read
+                self._peft.active_adapter = self._peft.base_model.active_adapter = role
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         """Called by torch's checkpoint at forward time: contexts for the forward pass and for its recomputation."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel
 
 from srppo.errors import ModelError
 from srppo.logprobs import Head
+from srppo.models.modes import set_mode, undisturbed
 from srppo.models.weights import embedding_rows
 
 _PLANS: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
@@ -36,7 +35,9 @@ class Plan:
 def plan(model: PreTrainedModel) -> Plan:
     """The model's plan, made at the first call. Raises ModelError for a model that is not causal or has no trunk."""
     if model not in _PLANS:
-        with torch.no_grad(), evaluating(model):
+        modules = list(model.modules())
+        with torch.no_grad(), undisturbed(modules):
+            set_mode(modules, False)
             _PLANS[model] = _probe(model)
     return _PLANS[model]
 
@@ -54,18 +55,6 @@ def head_of(model: PreTrainedModel) -> Head | None:
     if not found.direct_head or type(out) is not nn.Linear:
         return None
     return Head(out.weight, out.bias, found.softcap, found.multiplier)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, each module's own mode restored after."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def run_trunk(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -30,6 +30,7 @@ def render(record: Record, plots: list[Plot]) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=shown(f"{Path(str(model)).name}: {record.path.resolve().name}"),
         facts=_facts(record),
+        verdict=[shown(s) for s in words.verdict(record)],
         findings=[shown(s) for s in words.findings(record)],
         warnings=[shown(s) for s in words.warnings(record)],
         missing=[shown(s) for s in record.missing],
@@ -125,26 +126,20 @@ def _answers(record: Record) -> list[dict[str, Any]]:
             key = (str(row.get("group")), row.get("row"), str(row.get("prompt")))
             by_prompt.setdefault(key, {})[stage] = row
     taken: dict[str, int] = {}
-    out = []
+    out: dict[str, list[dict[str, Any]]] = {}
     for (group, _, prompt), stages in by_prompt.items():
         if taken.get(group, 0) < PROMPTS_A_GROUP and (group in taken or len(taken) < GROUPS_SHOWN):
             taken[group] = taken.get(group, 0) + 1
-            lines = [line for stage in STAGES if stage in stages for line in _answer_lines(stage, stages[stage])]
-            out.append({"group": shown(readable(group)), "prompt": shown(prompt), "lines": lines})
-    return sorted(out, key=lambda a: list(taken).index(a["group"]) if a["group"] in taken else 0)
+            lines = [{"stage": STAGES[stage], "answers": _answer_pair(stages[stage])} for stage in STAGES if stage in stages]
+            out.setdefault(group, []).append({"group": shown(readable(group)), "prompt": shown(prompt), "lines": lines})
+    return [item for items in out.values() for item in items]
 
 
-def _answer_lines(stage: str, row: dict[str, Any]) -> list[dict[str, Any]]:
-    sampled, scores = row.get("sampled") or [], row.get("sampled_scores") or []
-    pairs = [
-        ("sampled", sampled[0] if sampled else None, scores[0] if scores else None),
-        ("greedy", row.get("greedy"), row.get("greedy_score")),
-    ]
-    return [
-        {"stage": STAGES[stage], "how": how, "text": shown(text), "score": None if score is None else float(score)}
-        for how, text, score in pairs
-        if text is not None
-    ]
+def _answer_pair(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first sample and the greedy answer."""
+    sampled, scores = row.get("sampled") or [None], row.get("sampled_scores") or [None]
+    pairs = [(sampled[0], scores[0]), (row.get("greedy"), row.get("greedy_score"))]
+    return [{"text": "" if text is None else shown(text), "score": None if score is None else float(score)} for text, score in pairs]
 
 
 def _rollouts(record: Record) -> list[dict[str, Any]]:

@@ -109,6 +109,8 @@ def draw_stages(record: Record) -> Figure | None:
         panel.set_ylim(len(stages) - 0.5, -0.5)
         panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         panel.grid(axis="y", visible=False)
+    low, high = panels[0].get_xlim()
+    panels[0].set_xlim(max(low, -0.03), min(high, 1.03))
     figure.supxlabel("accuracy (filled: sampled at temperature 1, bar: 95 % interval; hollow: greedy)", fontsize=9)
     return figure
 
@@ -150,6 +152,7 @@ def draw_kl(record: Record) -> Figure | None:
 def draw_length(record: Record) -> Figure | None:
     figure, axes = _axes("Length of the rollouts", "PPO iteration", "tokens a response, EOS included")
     drawn = _line(axes, record, "ppo", "completions/mean_length", "mean", color=COLOURS[2])
+    axes.set_ylim(bottom=0)
     return figure if drawn else None
 
 
@@ -180,7 +183,10 @@ def readable(group: str) -> str:
 
 
 PLOTS: dict[str, tuple[Callable[[Record], Figure | None], str]] = {
-    "stages": (draw_stages, "Accuracy of each stage on the evaluation prompts. Bars that overlap say: no clear difference."),
+    "stages": (
+        draw_stages,
+        "Accuracy of each stage on the evaluation prompts. The table compares prompt by prompt, and so sees more.",
+    ),
     "accuracy": (
         draw_accuracy,
         "Evaluations during PPO, on fewer prompts than the table's. Falling while the reward rises is over-optimisation.",

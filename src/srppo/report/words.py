@@ -13,10 +13,25 @@ MUCH_LONGER = 1.2
 
 def findings(record: Record) -> list[str]:
     """Sentences: SRPPO against SFT and continued SFT, what was forgotten, length against reward."""
-    out = [s for other in ("sft", "sft_continued") for group in record.groups for s in _against(record, group, other)]
-    if not out:
-        out.append("There is nothing to compare yet: SRPPO and SFT have not both been evaluated with a scorer.")
-    return out + _retention(record) + _course(record)
+    details = [s for other in ("sft", "sft_continued") for group in record.groups for s in _against(record, group, other)]
+    if not details:
+        details = ["There is nothing to compare yet: SRPPO and SFT have not both been evaluated with a scorer."]
+    return details + _retention(record) + _course(record)
+
+
+def verdict(record: Record) -> list[str]:
+    """SRPPO against SFT, and against continued SFT, in a sentence each."""
+    out = []
+    for other in ("sft", "sft_continued"):
+        found = [d for group in record.groups if (d := difference(record, group, "srppo", other))]
+        if found:
+            better, worse = (sum(d.clear and (d.gain > 0) == up for d in found) for up in (True, False))
+            counts = [f"clearly better on {better}"] * bool(better) + [f"clearly worse on {worse}"] * bool(worse)
+            rest = len(found) - better - worse
+            counts += [f"no clear difference on {rest}"] * bool(rest)
+            plural = "group" if len(found) == 1 else "groups"
+            out.append(f"SRPPO against {STAGES[other]}, {len(found)} {plural} of prompts: {', '.join(counts)}.")
+    return out
 
 
 def _against(record: Record, group: str, other: str) -> list[str]:
@@ -44,14 +59,11 @@ def points(share: float) -> str:
 def _retention(record: Record) -> list[str]:
     out = []
     lost = record.summary.get("lost_and_gained") or {}
-    for group in record.groups:
-        parts = [
-            f"{STAGES[stage]} no longer answers {percent(lost[stage][group].get('lost'))}"
-            for stage in STAGES
-            if (lost.get(stage) or {}).get(group, {}).get("base_right")
-        ]
-        if parts:
-            out.append(f"{readable(group)}: of the prompts that the base answers right (greedy), " + ", ".join(parts) + ".")
+    for stage in STAGES:
+        groups = [g for g in record.groups if (lost.get(stage) or {}).get(g, {}).get("base_right")]
+        if groups:
+            shares = ", ".join(f"{percent(lost[stage][g].get('lost'))} ({readable(g)})" for g in groups)
+            out.append(f"Of the prompts that the base answers right (greedy), {STAGES[stage]} no longer does: {shares}.")
     forgot = record.summary.get("forgetting") or {}
     parts = [f"{STAGES[s]} {forgot[s]['nats_per_token']:.3f}" for s in STAGES if (forgot.get(s) or {}).get("nats_per_token") is not None]
     if parts:

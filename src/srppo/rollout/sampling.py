@@ -35,9 +35,10 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first token at which the cumulative weight exceeds u times the total, so token v has probability w_v / sum w.
 
     weights [R, V] float32, at least 0, not normalised; uniforms [R] float64 in [0, 1]. Returns [R] int64.
-    Never a token of weight 0, also at u = 0 and at the very top where a rounded sum may fall short. The search is
-    in two levels (blocks of tokens, then within the block), in float64, as a plain cumulative sum over a large
-    vocabulary is slower and in float32 loses the small probabilities.
+    Never a token of weight 0, also at u = 0 and at the very top, where a rounded sum may fall short.
+    The search has two levels: blocks of tokens, cumulated in float64, then the tokens of one block. A plain float64 sum
+    over a large vocabulary takes ten times as long, a float32 one loses the small probabilities; here only the sum of
+    one block is rounded to float32, which moves 1e-7 of its weight at most.
     """
     rows = torch.arange(len(weights), device=weights.device)
     blocks = pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # [R, V / BLOCK, BLOCK]

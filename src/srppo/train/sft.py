@@ -58,7 +58,7 @@ def train_sft(
 ) -> SFTResult:
     """Create the role `sft` from the base, train it, and leave it holding the kept checkpoint.
 
-    Writes sft/checkpoints/share-<s>/ (Hugging Face layout or adapter) for every share of sft.checkpoints_at, and resumes from
+    Writes sft_checkpoints/share-<s>/ (Hugging Face layout or adapter) for every share of sft.checkpoints_at, and resumes from
     checkpoints/sft/ when that holds one. Raises Interrupted after saving, TrainingStopped on repeated non-finite steps.
     """
     sft, steps = config.sft, planned_steps(examples, config.sft)
@@ -92,7 +92,7 @@ def train_sft(
             run.log({"stage": "sft", "step": step, "heldout_nll": nll})
             ticker.advance(step, heldout_loss=nll)
         if step in shares:
-            folder = f"sft/checkpoints/share-{shares[step]:g}"
+            folder = f"sft_checkpoints/share-{shares[step]:g}"
             roles.save("sft", run.path / folder)
             found.append(SFTCheckpoint(shares[step], step, nll, folder))
             if step < steps:

@@ -1,0 +1,248 @@
+"""The whole job on tiny models: what must hold for every architecture, both tunings, any cut into micro-batches, and across a stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_job import tiny_job, write_rows
+from tiny_models import ARCHITECTURES
+from transformers import AutoModelForCausalLM
+
+import srppo
+from srppo import stages
+from srppo.errors import DataError, RunFolderError, TrainingStopped
+from srppo.models.roles import Roles
+from srppo.progress import make_progress
+from srppo.records import TokenBatch
+from srppo.train import ppo as ppo_module
+from srppo.train.interrupt import Interrupt, Interrupted
+
+
+def run(config: Any, **options: Any) -> dict[str, Any]:
+    return srppo.align(config, progress=make_progress("quiet"), **options)
+
+
+def metrics(folder: str | Path, stage: str = "ppo") -> list[dict[str, Any]]:
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["stage"] == stage and ("iteration" in r or "loss" in r)]
+
+
+def without_clock(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if not k.startswith("timing/") and "tokens_per_second" not in k and k != "time"} for r in records]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(f for f in folder.glob("*.safetensors") if "value_head" not in f.name))
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Fingerprints of base and sft before and after PPO, and the policy's logits at its end."""
+    seen: dict[str, Any] = {}
+    inner = stages.train_ppo
+
+    def watching(roles: Roles, *args: Any, **options: Any) -> Any:
+        seen["before"] = (roles.fingerprint("base"), roles.fingerprint("sft"))
+        state = inner(roles, *args, **options)
+        seen["after"] = (roles.fingerprint("base"), roles.fingerprint("sft"))
+        ids = torch.arange(10, 22)[None]
+        seen["ids"] = ids
+        with roles.use("policy") as model:
+            seen["logits"] = model(input_ids=ids).logits
+        seen["moved"] = roles.fingerprint("policy") != seen["before"][1]
+        return state
+
+    monkeypatch.setattr(stages, "train_ppo", watching)
+    yield seen
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_in_both_tunings(architecture: str, kind: str, tmp_path: Path, watched: dict[str, Any]) -> None:
+    config = tiny_job(
+        tmp_path, architecture, kind, ppo__iterations=2, ppo__critic_warmup=0, ppo__minibatches=1, ppo__epochs=1, sft__steps=2
+    )
+    summary = run(config)
+    assert watched["before"] == watched["after"] and watched["moved"]  # base and sft bit-identical, the policy not
+    for record in metrics(config.output):  # one step a round: the trainer sees the very policy that sampled
+        assert record["val/ratio"] == pytest.approx(1.0, abs=2e-6) and record["rollout/max_abs"] < 2e-5
+        assert record["policy/approxkl_avg"] < 1e-9
+    for stage in ("base", "sft", "sft_continued", "srppo"):
+        assert {"sampled", "greedy", "mean_length", "n"} <= set(summary[stage]["all"])
+    output = Path(config.output)
+    if kind == "full":
+        loaded = AutoModelForCausalLM.from_pretrained(output / "policy")
+    else:
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model.name), output / "policy")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=watched["ids"]).logits, watched["logits"])
+    assert (output / "report.html").is_file() and (output / "critic/value_head.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_micro_batches_change_nothing(kind: str, tmp_path: Path) -> None:
+    ends = []
+    for rows in (1, 12):
+        output = str(tmp_path / f"run{rows}")
+        config = tiny_job(tmp_path, "llama", kind, output=output, ppo__micro_batch_size=rows, sft__micro_batch_size=rows, ppo__iterations=2)
+        run(config)
+        ends.append(weights(Path(output) / "policy") | {f"critic {k}": v for k, v in weights(Path(output) / "critic").items()})
+    assert ends[0].keys() == ends[1].keys()
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=3e-5)
+
+
+class StopAt(Interrupt):
+    """Asks for a stop at its n-th safe point, as Ctrl-C would."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.left = at
+
+    def check(self, *_: object) -> None:
+        self.left -= 1
+        self.requested = self.left <= 0
+        super().check()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_stopped_run_resumes_exactly(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny_job(tmp_path, "llama", kind, output=str(tmp_path / "whole"), reward__kl_target=0.5)
+    run(whole)
+    broken = tiny_job(tmp_path, "llama", kind, output=str(tmp_path / "broken"), reward__kl_target=0.5)
+    stops = 0
+    for at in (8, 25, 40):  # in SFT, in a rollout, in a later round
+        monkeypatch.setattr("srppo.workspace.Interrupt", lambda at=at: StopAt(at))
+        try:
+            run(broken, resume=stops > 0)
+        except Interrupted as stop:
+            assert stop.exit_code == 130 and "--resume" in str(stop)
+            stops += 1
+    monkeypatch.setattr("srppo.workspace.Interrupt", Interrupt)
+    run(broken, resume=True)
+    assert stops >= 2
+    for part in ("sft", "policy", "critic"):
+        one, other = weights(tmp_path / "whole" / part), weights(tmp_path / "broken" / part)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    for stage in ("sft", "ppo"):
+        assert without_clock(metrics(whole.output, stage)) == without_clock(metrics(broken.output, stage))
+    one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "broken"))
+    assert one["srppo"] == other["srppo"] and one["compute"] == other["compute"]
+
+
+def test_a_finished_run_resumes_to_the_same_summary(tmp_path: Path) -> None:
+    config = tiny_job(tmp_path)
+    first = run(config)
+    again = run(config, resume=True)
+    assert {k: v for k, v in first.items() if k in ("base", "sft", "srppo", "sft_continued")} == {
+        k: v for k, v in again.items() if k in ("base", "sft", "srppo", "sft_continued")
+    }
+
+
+def test_repeated_non_finite_steps_stop_the_run_and_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_job(tmp_path, ppo__max_skipped_steps=2, ppo__critic_warmup=0)
+    inner = ppo_module.make_experience
+
+    def poisoned(*args: Any) -> Any:
+        experience = inner(*args)
+        experience.advantages[:, 0] = float("nan")
+        return experience
+
+    monkeypatch.setattr(ppo_module, "make_experience", poisoned)
+    with pytest.raises(TrainingStopped, match="2 steps in a row"):
+        run(config)
+    saved = Path(config.output) / "checkpoints/stopped/checkpoint-0/policy.safetensors"
+    sft = weights(Path(config.output) / "sft")
+    assert all(torch.equal(sft[n], t) for n, t in load_file(saved).items() if n in sft)  # nothing moved
+
+
+def test_one_bad_step_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_job(tmp_path, ppo__critic_warmup=0)
+    inner, calls = Roles.score, []
+
+    def sometimes(self: Roles, role: str, batch: TokenBatch, **options: Any) -> Any:
+        scores = inner(self, role, batch, **options)
+        if role == "policy" and options.get("train"):
+            calls.append(1)
+            if len(calls) == 1:
+                return type(scores)(scores.logprobs * float("nan"))
+        return scores
+
+    monkeypatch.setattr(Roles, "score", sometimes)
+    summary = run(config)
+    assert summary["ppo_training"]["skipped_steps"] == 1 and metrics(config.output)[-1]["policy/skipped_steps"] == 1
+
+
+def test_critic_warm_up_leaves_the_policy(tmp_path: Path) -> None:
+    config = tiny_job(tmp_path, ppo__iterations=2, ppo__critic_warmup=2)
+    run(config)
+    sft, policy = weights(Path(config.output) / "sft"), weights(Path(config.output) / "policy")
+    assert all(torch.equal(sft[n], policy[n]) for n in sft)
+    assert all(r["policy/steps"] == 0 for r in metrics(config.output))
+
+
+def test_target_kl_stops_the_epochs(tmp_path: Path) -> None:
+    config = tiny_job(tmp_path, ppo__epochs=4, ppo__target_kl=1e-9, ppo__critic_warmup=0, ppo__learning_rate=1e-2)
+    run(config)
+    assert all(r["policy/kl_stopped"] == 1 and r["policy/steps"] == 2 for r in metrics(config.output))
+
+
+def test_a_separate_reward_checkpoint_is_the_numerator(tmp_path: Path) -> None:
+    """With the first SFT checkpoint as numerator and the policy at the last, scores differ from the ordinary ones."""
+    scores = []
+    for name, checkpoint in (("same", "sft"), ("early", 0.5)):
+        config = tiny_job(tmp_path, output=str(tmp_path / name), reward__checkpoint=checkpoint, ppo__iterations=1, sft__steps=6)
+        run(config)
+        scores.append(metrics(config.output)[0]["objective/scores"])
+    assert scores[0] != scores[1]
+
+
+def test_overwrite_keeps_the_old_run_when_the_new_one_cannot_start(tmp_path: Path) -> None:
+    config = tiny_job(tmp_path)
+    run(config)
+    with pytest.raises(RunFolderError, match="resume"):
+        run(config)
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    with pytest.raises(DataError, match="empty"):
+        run(tiny_job(tmp_path, data__demonstrations=empty), overwrite=True)
+    assert (Path(config.output) / "summary.json").is_file()
+
+
+def test_bad_input_leaves_no_folder(tmp_path: Path) -> None:
+    config = tiny_job(tmp_path, data__prompts=str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(DataError, match="nowhere"):
+        run(config)
+    assert not Path(config.output).exists()
+
+
+def test_sft_and_ppo_apart_equal_align(tmp_path: Path) -> None:
+    whole = tiny_job(tmp_path, output=str(tmp_path / "whole"))
+    run(whole)
+    parts = tiny_job(tmp_path, output=str(tmp_path / "parts"))
+    srppo.run_sft(parts, progress=make_progress("quiet"))
+    srppo.run_ppo(parts, resume=True, progress=make_progress("quiet"))
+    one, other = weights(tmp_path / "whole/policy"), weights(tmp_path / "parts/policy")
+    assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_sft_learns_something_trivial(tmp_path: Path) -> None:
+    demonstrations = write_rows(tmp_path / "same.jsonl", [{"prompt": f"say {i}:", "completion": " ok"} for i in range(20)])
+    config = tiny_job(tmp_path, data__demonstrations=demonstrations, sft__steps=40, ppo__iterations=0)
+    summary = run(config)
+    assert summary["base"]["all"]["greedy"] == 0.0 and summary["sft"]["all"]["greedy"] == 1.0
+
+
+def test_ppo_climbs_its_reward(tmp_path: Path) -> None:
+    config = tiny_job(
+        tmp_path, ppo__iterations=15, ppo__prompts_per_iteration=16, reward__kl_coef=0.05, ppo__learning_rate=3e-3, ppo__checkpoint_every=0
+    )
+    run(config)
+    scores = [r["objective/scores"] for r in metrics(config.output)]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 1.0

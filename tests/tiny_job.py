@@ -1,0 +1,48 @@
+"""A whole job small enough for tests: a tiny random model, two dozen demonstrations, a few rounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tiny_models import save_tiny
+
+from srppo.config import RunConfig, build, merge
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def tiny_job(folder: Path, architecture: str = "llama", kind: str = "full", **changes: Any) -> RunConfig:
+    """A configuration whose files lie in `folder`. changes: dotted keys with `__` for the dot."""
+    model = folder / architecture
+    if not model.exists():
+        save_tiny(model, architecture)
+    demonstrations = [{"prompt": f"say {i}:", "completion": f" {i}{i}"} for i in range(20)]
+    values: dict[str, Any] = {
+        "output": str(folder / "run"),
+        "threads": 1,
+        "model": {"name": str(model)},
+        "tuning": {"kind": kind, "lora_rank": 4},
+        "data": {
+            "demonstrations": write_rows(folder / "demonstrations.jsonl", demonstrations),
+            "prompts": write_rows(folder / "prompts.jsonl", [{"prompt": f"say {i}?"} for i in range(20)]),
+            "heldout": 4,
+        },
+        "sft": {"steps": 3, "learning_rate": 1e-2, "batch_size": 8, "micro_batch_size": 4, "checkpoints_at": [0.5, 1.0]},
+        "rollout": {"max_new_tokens": 8},
+        "ppo": {
+            "iterations": 3,
+            "prompts_per_iteration": 6,
+            "samples_per_prompt": 2,
+            "epochs": 2,
+            "minibatches": 2,
+            "learning_rate": 1e-3,
+            "critic_learning_rate": 1e-3,
+            "checkpoint_every": 1,
+        },
+    }
+    return build(merge(values, {name.replace("__", "."): value for name, value in changes.items()}))
