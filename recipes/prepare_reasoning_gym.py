@@ -24,15 +24,15 @@ from typing import Any
 Row = dict[str, str]
 
 WITH_DEMONSTRATIONS: dict[str, dict[str, Any]] = {
-    "chain_sum": {"max_terms": 2, "max_digits": 2},
+    "chain_sum": {"max_terms": 2, "max_digits": 1},
     "products": {"max_digits": 1},
     "letter_counting": {"min_words": 3, "max_words": 6},
 }
 WITHOUT_DEMONSTRATIONS: dict[str, dict[str, Any]] = {
-    # Parentheses stay allowed: without them version 0.1.25 answers another division than the one it asks about.
-    "basic_arithmetic": {"max_terms": 2, "max_digits": 1},
+    # No division: without parentheses, version 0.1.25 answers another division than the one it asks about.
+    "basic_arithmetic": {"max_terms": 2, "max_digits": 1, "operators": ["+", "-", "*"], "allow_parentheses": False},
     "gcd": {"max_value": 20},
-    "leg_counting": {"min_animals": 1, "max_animals": 1, "max_instances": 4},
+    "leg_counting": {"min_animals": 1, "max_animals": 1, "max_instances": 2},
 }
 MOST_DRAWS = 50  # times the wanted questions, drawn before a task counts as too small
 

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
 
@@ -15,8 +14,9 @@ from srppo.errors import ModelError
 from srppo.masking import predicting
 from srppo.models.forward import token_scores, trunk_states
 from srppo.models.load import silence_noise
-from srppo.models.plan import Plan, _PLANS, head_of, plan
+from srppo.models.plan import _PLANS, Plan, head_of, plan
 from srppo.records import TokenBatch
+from tiny_models import ARCHITECTURES, tiny_model
 
 EVERY = [*ARCHITECTURES, "llama_tied", "cohere", "granite"]
 LENGTHS = [(4, 9), (2, 5), (6, 6), (1, 12)]  # (prompt, response) tokens

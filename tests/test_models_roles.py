@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from tiny_models import ARCHITECTURES, save_tiny, tiny_roles
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from srppo.errors import ModelError
 from srppo.models.roles import Roles
 from srppo.records import TokenBatch
+from tiny_models import ARCHITECTURES, save_tiny, tiny_roles
 
 KINDS = ["full", "lora"]
 
@@ -100,8 +97,8 @@ def test_roles_keep_to_themselves(places: dict[str, str], architecture: str, kin
     train_critic(roles)
     assert torch.equal(roles.score("policy", b).logprobs, policy)
     train(roles, "policy")
-    assert not torch.equal(roles.values(b), values) is False or True  # the critic moved above; below it must not
     moved = roles.values(b)
+    assert not torch.equal(moved, values)
     train(roles, "policy")
     assert torch.equal(roles.values(b), moved)
 
@@ -173,9 +170,8 @@ def test_use_puts_everything_back(places: dict[str, str], kind: str) -> None:
                 assert not torch.is_grad_enabled()
             assert torch.is_grad_enabled() and inner.training
         assert surroundings(roles) == before
-        with pytest.raises(RuntimeError, match="on purpose"), roles.use("policy", train=True):
-            with roles.use("base"):
-                raise RuntimeError("on purpose")
+        with pytest.raises(RuntimeError, match="on purpose"), roles.use("policy", train=True), roles.use("base"):
+            raise RuntimeError("on purpose")
         assert surroundings(roles) == before
         roles.values(batch(), train=True)
         roles.create("more", "policy")
@@ -219,7 +215,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(places: dict[str, str],
         for p in roles.parameters("policy").values():
             p.grad = None
         calls: list[int] = []
-        layer = roles._store.model("policy").get_decoder().layers[0].mlp
+        layer = roles._store.model("policy").get_decoder().layers[0].self_attn  # recomputation stops early, in the mlp
         handle = layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         if inside:
             with roles.use("policy", train=True):
@@ -254,7 +250,7 @@ def test_states_restore_exactly(places: dict[str, str], kind: str) -> None:
     fresh.load_critic_state(critic)
     assert torch.equal(fresh.score("policy", b).logprobs, before) and torch.equal(fresh.values(b), values)
     with pytest.raises(ModelError, match="names differ"):
-        roles.load_state("policy", {n: t for n, t in list(state.items())[1:]})
+        roles.load_state("policy", dict(list(state.items())[1:]))
     with pytest.raises(ModelError, match="do not fit"):
         roles.load_state("policy", {n: t[..., :1] for n, t in state.items()})
     assert torch.equal(roles.score("policy", b).logprobs, before)

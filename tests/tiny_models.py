@@ -96,7 +96,7 @@ def tiny_tokenizer(
     names["pad_token"] = {"own": "<pad>", "eos": eos, "none": None}[pad]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner,
-        additional_special_tokens=["<|im_start|>", "<|im_end|>", "<|eot|>"],
+        additional_special_tokens=["<s>", "<|im_start|>", "<|im_end|>", "<|eot|>"],
         clean_up_tokenization_spaces=False,
         **{k: v for k, v in names.items() if v is not None},
     )

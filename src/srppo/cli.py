@@ -262,12 +262,16 @@ def pretrain(output: str, steps: int | None, seed: int, progress: str) -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors.")
 def world(output: str, seed: int) -> None:
-    """Write the world's demonstrations, prompts and evaluation rows as jsonl files."""
-    from srppo.lab.world import write_world
+    """Write the world's demonstrations, prompts and evaluation rows as jsonl files, and a recipe that uses them."""
+    from srppo.config import build, dump
+    from srppo.files import write_bytes
+    from srppo.lab.world import recipe, write_world
 
     refuse_existing(output)
+    config = dump(build(recipe(Path(output), seed)))
     write_world(Path(output), seed)
-    click.echo(output)
+    write_bytes(Path(output) / "recipe.yaml", config.encode())
+    click.echo(f"{output}; now: srppo align {Path(output) / 'recipe.yaml'}")
 
 
 def refuse_existing(output: str) -> None:

@@ -65,12 +65,14 @@ def write_lines(path: str | Path, records: list[dict[str, Any]]) -> None:
 
 def append_lines(path: str | Path, records: list[dict[str, Any]]) -> None:
     """Add records to a jsonl file. Where that fails the file keeps its old length: no half line."""
-    with write_errors(path), open(path, "ab") as stream:
-        size = stream.tell()
+    content = _lines(records)
+    # Unbuffered: a buffer would write what is left of a refused line when the file is closed, after the truncation.
+    with write_errors(path), open(path, "ab", buffering=0) as stream:
+        size, written = stream.tell(), 0
         try:
-            stream.write(_lines(records))
-            stream.flush()
-        except OSError:
+            while written < len(content):
+                written += stream.write(content[written:])
+        except BaseException:  # also Ctrl-C in the middle
             os.truncate(path, size)
             raise
 

@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,10 +68,13 @@ class RunFolder:
         _refuse(Path(path), resume, overwrite)
 
     @classmethod
-    def open(cls, path: str | Path, config_yaml: str, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    def open(
+        cls, path: str | Path, config_yaml: str, *, resume: bool = False, overwrite: bool = False, may_differ: Collection[str] = ()
+    ) -> RunFolder:
         """Make, continue or replace a run folder, lock it, and write config.yaml and environment.json.
 
-        resume: go on with a run of the same configuration (HARMLESS keys may differ); an absent or empty folder is begun anew.
+        resume: go on with a run of the same configuration; an absent or empty folder is begun anew. HARMLESS keys may differ, and
+        the keys and whole sections in may_differ.
         overwrite: delete the run that is there first.
         Raises RunFolderError: the folder holds something and neither is given; it holds something that is no run of ours;
         the configurations differ; another process is using it; it cannot be written.
@@ -86,7 +90,7 @@ class RunFolder:
             _refuse(path, resume, overwrite)  # again: another process may have been quicker
             run.resumed = is_run(path) and not overwrite
             if run.resumed:
-                _same_config(path, config_yaml)
+                _same_config(path, config_yaml, may_differ)
                 run._tidy()
             else:
                 _empty(path)
@@ -253,14 +257,15 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, value in values.items() for k, v in _flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}
 
 
-def _same_config(path: Path, config_yaml: str) -> None:
+def _same_config(path: Path, config_yaml: str, may_differ: Collection[str]) -> None:
     try:
         old = _flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise RunFolderError(f"{path / 'config.yaml'}: damaged ({error}); the run cannot be resumed") from None
     new = _flat(yaml.safe_load(config_yaml))
     missing = "(not there)"
-    changed = [k for k in sorted(old.keys() | new.keys()) if k not in HARMLESS and old.get(k, missing) != new.get(k, missing)]
+    free = {*HARMLESS, *may_differ}
+    changed = [k for k in sorted(old.keys() | new.keys()) if not {k, k.split(".")[0]} & free and old.get(k, missing) != new.get(k, missing)]
     if changed:
         lines = [f"  {k}: {old.get(k, missing)} in the folder, {new.get(k, missing)} now" for k in changed]
         raise RunFolderError(

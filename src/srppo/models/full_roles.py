@@ -64,7 +64,9 @@ class FullRoles:
 
     def freeze(self, role: str) -> None:
         self._frozen.add(role)
-        cast_parameters(self._models[role].requires_grad_(False), self._frozen_dtype)
+        model = self._models[role].requires_grad_(False)
+        model.zero_grad(set_to_none=True)
+        cast_parameters(model, self._frozen_dtype)
 
     def frozen(self, role: str) -> bool:
         return role in self._frozen

@@ -72,7 +72,7 @@ def load_model(model: ModelConfig, *, name: str | None = None, dtype: str | None
                     source.location, trust_remote_code=model.trust_remote_code, output_loading_info=True, **arguments
                 ),
             )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # damaged files make the readers under transformers raise whatever they meet
         raise ModelError(unreachable(source, error)) from error
     _refuse_missing(source, info)
     if source.gguf_file is not None:

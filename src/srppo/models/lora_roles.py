@@ -125,7 +125,7 @@ class LoraRoles:
     def freeze(self, role: str) -> None:
         self._frozen.add(role)
         for parameter in self.tensors(role).values():
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(False).grad = None
 
     def frozen(self, role: str) -> bool:
         return role in self._frozen

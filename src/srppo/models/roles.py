@@ -195,8 +195,9 @@ class Roles:
 
     def values(self, batch: TokenBatch, *, train: bool = False) -> Tensor:
         """[N] float32: the critic's value of the state that predicts each target token."""
+        head = self._value_head()
         with self._store.use(CRITIC, train) as trunk:
-            return token_values(trunk, self._value_head(), batch, autocast=self.model_config.autocast)
+            return token_values(trunk, head, batch, autocast=self.model_config.autocast)
 
     def critic_parameters(self) -> dict[str, nn.Parameter]:
         return {

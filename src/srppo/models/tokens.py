@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from srppo.config import ModelConfig
@@ -30,9 +32,22 @@ def load_tokenizer(model: ModelConfig, *, name: str | None = None) -> PreTrained
     other = name or model.tokenizer
     source = find_source(other) if other else model_source(model)
     try:
-        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=model.trust_remote_code, **source.arguments())
-    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
+        found = AutoTokenizer.from_pretrained(source.location, trust_remote_code=model.trust_remote_code, **source.arguments())
+    except Exception as error:  # the tokenizers library raises plain Exceptions for broken files
         raise ModelError("no tokenizer. " + unreachable(source, error) + "; model.tokenizer can name another place") from error
+    if source.gguf_file is not None:
+        _drop_phantoms(found)
+    return found
+
+
+def _drop_phantoms(tokenizer: Any) -> None:
+    """Remove the special tokens that the conversion from GGUF adds after the file's own (such as <|endoftext|> to a Llama):
+    the model has no embedding for them."""
+    inner = json.loads(tokenizer.backend_tokenizer.to_str())
+    own = [token for token in inner["added_tokens"] if token["id"] < tokenizer.vocab_size]
+    if len(own) < len(inner["added_tokens"]):
+        inner["added_tokens"] = own
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(inner))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> SpecialTokens:
@@ -40,7 +55,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | 
 
     EOS ids: the tokenizer's, those of the model's generation config and config (one or a list), and the token with which the
     chat template closes an assistant turn. An id of the configs counts only where the tokenizer knows it as a special or added
-    token: configs carry defaults (Llama's 2) that mean an ordinary word elsewhere; such an id is named in a warning.
+    token, or its text has the shape of one (</s>): configs carry defaults (Llama's 2) that mean an ordinary word elsewhere;
+    such an id is named in a warning.
     Padding: the tokenizer's pad token, else the config's, else unk, bos or the first id; never an EOS id where there is another.
     Raises ModelError if nothing ends a response.
     """
@@ -49,7 +65,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | 
     ordinary: list[int] = []
     for holder in _configs(model):
         for token in _ids(getattr(holder, "eos_token_id", None)):
-            (eos if token in special else ordinary).append(token)
+            (eos if token in special or _looks_special(tokenizer, token) else ordinary).append(token)
     end_of_turn = _end_of_turn(tokenizer, special)
     eos_ids = tuple(dict.fromkeys([*eos, *([] if end_of_turn is None else [end_of_turn])]))
     ignored = sorted({t for t in ordinary if t >= 0 and t not in eos_ids})
@@ -99,6 +115,11 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Special tokens and added ones. (Some tokenizers add runs of blanks, which end nothing.)"""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.content.strip())}
+
+
+def _looks_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    text = tokenizer.convert_ids_to_tokens(token) if 0 <= token < vocabulary_size(tokenizer) else None
+    return isinstance(text, str) and len(text) > 2 and text[0] == "<" and text[-1] == ">"
 
 
 def _configs(model: PreTrainedModel | None) -> list[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from srppo.report.record import Record
 
-DRAWS = 4000
+DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,16 @@ class Difference:
 
 
 def difference(record: Record, group: str, stage: str, other: str) -> Difference | None:
-    """Paired over prompts by bootstrap (Efron 1979) where both stages' answers are in the folder; else from the two intervals.
+    """What the summary says; else paired over prompts by bootstrap (Efron 1979) from the answers; else from the two intervals.
 
     None where a stage was not evaluated on the group, or not scored.
     """
     a, b = record.results(stage).get(group, {}), record.results(other).get(group, {})
     if a.get("sampled") is None or b.get("sampled") is None:
         return None
+    said = ((record.summary.get("srppo_gain") or {}).get(other) or {}).get(group) if stage == "srppo" else None
+    if said:
+        return Difference(said["gain"], said["low"], said["high"])
     gain = a["sampled"] - b["sampled"]
     pairs = _paired(record, group, stage, other)
     if len(pairs) > 1:

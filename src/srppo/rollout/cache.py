@@ -7,8 +7,8 @@ R rows, H key-value heads, C capacity, D head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -81,7 +81,7 @@ def new_cache(config: PretrainedConfig) -> DynamicCache:
     return cache
 
 
-def _growing(layer: object) -> object:
+def _growing(layer: Any) -> Any:
     if type(layer) is DynamicSlidingWindowLayer:
         return GrowingLayer(layer.sliding_window)
     return GrowingLayer() if type(layer) is DynamicLayer else layer
@@ -94,7 +94,8 @@ def all_growing(cache: DynamicCache) -> bool:
 
 def select(cache: DynamicCache, rows: Tensor, first: int = 0) -> None:
     """Keep these rows (repeats and any order allowed), and the columns from `first` on where all layers grow."""
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if isinstance(layer, GrowingLayer):
             layer.select(rows, first)
         else:
@@ -104,20 +105,17 @@ def select(cache: DynamicCache, rows: Tensor, first: int = 0) -> None:
 def join(caches: Sequence[DynamicCache], rows: Sequence[Tensor], width: int) -> DynamicCache:
     """One cache of the chosen rows of several, aligned at the right.
 
-    caches: of growing layers only, each of its own length up to width, the columns of the result.
+    caches: of growing layers only, each of its own length up to width, the columns of the result; used up.
     rows: for each cache the numbers of the rows to take, in order, repeats allowed.
     """
-    joined = caches[0]
-    for index, layer in enumerate(joined.layers):
-        parts = [cache.layers[index] for cache in caches]
-        if layer.keys is None:  # a layer that shares another's keys stores none
-            continue
-        layer.keys = _join([p.keys[:, :, : p.length] for p in parts], rows, width)
-        layer.values = _join([p.values[:, :, : p.length] for p in parts], rows, width)
-        layer.length = width
-        for part in parts[1:]:  # each layer's memory goes back as soon as it is copied
+    for parts in zip(*(cast(list[GrowingLayer], cache.layers) for cache in caches)):
+        keys = [part.keys[:, :, : part.length] for part in parts if part.keys is not None]
+        values = [part.values[:, :, : part.length] for part in parts if part.values is not None]
+        for part in parts:  # each layer's memory goes back as soon as it is copied
             part.keys = part.values = None
-    return joined
+        if keys:  # a layer that shares another's keys stores none
+            parts[0].keys, parts[0].values, parts[0].length = _join(keys, rows, width), _join(values, rows, width), width
+    return caches[0]
 
 
 def _join(states: Sequence[Tensor], rows: Sequence[Tensor], width: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,11 +30,16 @@ def checks_every(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 8
 
 
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model, adapters inside, without PEFT's wrapper around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 class NextToken:
     """The model as a function: tokens and a cache in, the logits after each row's last token out."""
 
     def __init__(self, model: PreTrainedModel, pad_id: int):
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT passes its arguments on
+        inner = unwrapped(model)  # PEFT passes its arguments on
         accepted = inspect.signature(inner.forward).parameters
         self.model, self.pad_id, self.config, self.device = model, pad_id, inner.config, model.device
         self.takes_positions = "position_ids" in accepted  # models with ALiBi have none
@@ -111,12 +116,12 @@ def decode(
     logprobs = torch.zeros(len(prompts), limit, dtype=torch.float32, device=device)
     lengths = [len(p) for p in prompts]
     width = max(lengths)
-    pads = torch.tensor([width - n for n in lengths])  # on the CPU: asked for without waiting
-    attention = (torch.arange(width + limit) >= pads[:, None]).long().to(device)  # [r, columns from `first` on]
+    pads = torch.tensor([width - n for n in lengths], device=device)  # [r]
+    attention = (torch.arange(width + limit, device=device) >= pads[:, None]).long()  # [r, columns]
     positions = torch.tensor(lengths, device=device)[:, None]
     rows = torch.arange(len(prompts), device=device)  # [r] the batch row of each row still decoded
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # [r]
-    reported = left = 0
+    reported = 0
     every = checks_every(device)
 
     cache, logits = prefill(model, prompts)
@@ -127,18 +132,19 @@ def decode(
         if step + 1 == limit:
             break
         if (step + 1) % every == 0:
-            gone = int(ended.sum())
-            if left + gone > reported:
-                on_ended(left + gone - reported)
-                reported = left + gone
+            gone = int(ended.sum())  # of the rows still here
+            done = len(prompts) - len(rows) + gone
+            if done > reported:
+                on_ended(done - reported)
+                reported = done
             if gone == len(rows):
                 break
             if gone * LEAVING_SHARE >= len(rows):
                 stay = (~ended).nonzero()[:, 0]
-                first = int(pads[stay.cpu()].min()) if all_growing(cache) else 0
+                first = int(pads[stay].min()) if all_growing(cache) else 0  # padding of all leaves with the longest prompt
                 select(cache, stay, first)
                 rows, ended, token, positions = rows[stay], ended[stay], token[stay], positions[stay]
-                attention, pads, left, width = attention[stay, first:], pads[stay.cpu()] - first, left + gone, width - first
+                attention, pads, width = attention[stay, first:], pads[stay] - first, width - first
         logits = model(token[:, None], attention[:, : width + step + 1], positions, cache)
         positions = positions + 1
     on_ended(len(prompts) - reported)

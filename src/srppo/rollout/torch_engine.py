@@ -16,7 +16,7 @@ from torch import Tensor
 from srppo.errors import ConfigError, DataError, ModelError
 from srppo.records import Rollout
 from srppo.rollout.attention import grouped
-from srppo.rollout.decode import NextToken, decode
+from srppo.rollout.decode import NextToken, decode, unwrapped
 from srppo.rollout.engine import Progress, Sampling
 from srppo.seeding import row_uniforms
 
@@ -60,7 +60,7 @@ class TorchEngine:
         assert len(prompts) == len(seeds) and (prompt_index is None or len(prompt_index) == len(prompts))
         rows = [tuple(p) for p in prompts]
         limit = sampling.max_new_tokens
-        _check_lengths([len(p) for p in rows], limit, position_limit(model.config))
+        _check_lengths([len(p) for p in rows], limit, position_limit(unwrapped(model).config))
         # longest first (too large a batch shows at once), equal prompts side by side
         order = sorted(range(len(rows)), key=lambda r: (-len(rows[r]), rows[r]))
         tokens = torch.zeros(len(rows), limit, dtype=torch.int64)
@@ -85,13 +85,12 @@ class TorchEngine:
     @contextlib.contextmanager
     def _generating(self, model: PreTrainedModel) -> Iterator[None]:
         """No gradients, evaluation mode (dropout off, and no gradient checkpointing, which forbids a cache), autocast; then as before."""
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside PEFT's wrapper
         training = [m for m in model.modules() if m.training]
         model.eval()
         device = model.device.type
         try:
             # not inference_mode: buffers that a model fills on its way would be unusable in training
-            with torch.no_grad(), torch.autocast(device, self.autocast, enabled=self.autocast is not None), grouped(inner):
+            with torch.no_grad(), torch.autocast(device, self.autocast, enabled=self.autocast is not None), grouped(unwrapped(model)):
                 yield
         finally:
             for module in training:

@@ -1,0 +1,391 @@
+"""The run folder: what it refuses, what survives a crash, a full disk and a second process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from srppo import files
+from srppo.config import build, dump
+from srppo.errors import RunFolderError
+from srppo.files import append_lines, plain, read_lines, write_bytes, write_json
+from srppo.run_folder import HARMLESS, RunFolder, is_run
+
+CONFIG = dump(build({}))
+
+
+def changed(**values: Any) -> str:
+    """The configuration with other values, sections as keyword arguments."""
+    return dump(build(values))
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content, the lock aside."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+def start(folder: Path, text: str = CONFIG) -> Path:
+    """A run with something in it, closed."""
+    with RunFolder.open(folder, text) as run:
+        run.log({"stage": "sft", "step": 1, "loss": 2.0})
+        (folder / "policy").mkdir()
+        (folder / "policy" / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+# --- opening
+
+
+def test_new_folder_holds_config_and_environment(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "a" / "run", CONFIG) as run:
+        assert not run.resumed
+    path = tmp_path / "a" / "run"
+    assert is_run(path)
+    assert yaml.safe_load((path / "config.yaml").read_text()) == yaml.safe_load(CONFIG)
+    environment = json.loads((path / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"] == torch.__version__
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert environment["hardware"]["cores"] >= 1
+
+
+def test_empty_folder_is_used(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, CONFIG):
+        pass
+    assert is_run(tmp_path)
+
+
+def test_existing_run_needs_resume_or_overwrite(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    before = listing(tmp_path)
+    with pytest.raises(RunFolderError, match=r"already holds a run; continue it with --resume, replace it with --overwrite"):
+        RunFolder.open(tmp_path / "run", CONFIG)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", [{}, {"resume": True}, {"overwrite": True}])
+def test_foreign_folder_is_never_touched(tmp_path: Path, option: dict[str, bool]) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "config.yaml").write_text("seed: 1\n")  # a config of something else
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(RunFolderError, match="not a run folder of srppo, so nothing in it is touched"):
+        RunFolder.open(tmp_path, CONFIG, **option)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("kind", ["file", "dead link"])
+def test_file_in_the_way(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "run"
+    path.write_text("x") if kind == "file" else path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RunFolderError, match="is a file"):
+        RunFolder.open(path, CONFIG)
+
+
+def test_file_as_a_parent(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(RunFolderError, match=r"a part of this path is a file"):
+        RunFolder.open(tmp_path / "a" / "run", CONFIG)
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="choose one"):
+        RunFolder.open(tmp_path / "run", CONFIG, resume=True, overwrite=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_says_the_same_and_writes_nothing(tmp_path: Path) -> None:
+    RunFolder.check(tmp_path / "new")
+    start(tmp_path / "run")
+    RunFolder.check(tmp_path / "run", resume=True)
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        RunFolder.check(tmp_path / "run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept.txt").write_text("kept")
+    start(tmp_path / "run")
+    (tmp_path / "run" / "link").symlink_to(outside)
+    with RunFolder.open(tmp_path / "run", changed(seed=5), overwrite=True) as run:
+        assert not run.resumed
+    assert sorted(listing(tmp_path / "run")) == ["config.yaml", "environment.json"]
+    assert (outside / "kept.txt").read_text() == "kept"  # the link went, not what it points to
+
+
+def test_resume_keeps_everything(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    before = listing(tmp_path / "run")
+    with RunFolder.open(tmp_path / "run", CONFIG, resume=True) as run:
+        assert run.resumed
+    assert listing(tmp_path / "run") == before
+
+
+def test_resume_of_nothing_begins(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "run", CONFIG, resume=True) as run:
+        assert not run.resumed
+
+
+def test_resume_lists_every_changed_key_and_changes_nothing(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    before = listing(tmp_path / "run")
+    with pytest.raises(RunFolderError) as error:
+        RunFolder.open(
+            tmp_path / "run", changed(seed=5, ppo={"clip": 0.3, "micro_batch_size": 2}, data={"columns": {"prompt": "q"}}), resume=True
+        )
+    text = str(error.value)
+    assert "ppo.clip: 0.2 in the folder, 0.3 now" in text
+    assert "seed: 0 in the folder, 5 now" in text
+    assert "data.columns.prompt: (not there) in the folder, q now" in text
+    assert "micro_batch_size" not in text
+    assert listing(tmp_path / "run") == before
+
+
+def test_resume_with_harmless_changes_records_them(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    with RunFolder.open(tmp_path / "run", changed(threads=1, ppo={"micro_batch_size": 2, "keep_checkpoints": 9}), resume=True):
+        pass
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["ppo"]["micro_batch_size"] == 2
+
+
+def test_harmless_keys_exist() -> None:
+    from srppo.config import valid_keys
+
+    assert set(valid_keys()) >= HARMLESS
+
+
+def test_caller_may_free_a_section(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    other = changed(evaluation={"samples": 8})
+    with pytest.raises(RunFolderError, match=r"evaluation\.samples"):
+        RunFolder.open(tmp_path / "run", other, resume=True)
+    with RunFolder.open(tmp_path / "run", other, resume=True, may_differ=("evaluation",)) as run:
+        assert run.resumed
+
+
+def test_another_environment_on_resume_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(tmp_path / "run")
+    first = json.loads((tmp_path / "run" / "environment.json").read_text())
+    for version in ("4.0", "5.0"):
+        monkeypatch.setattr("srppo.run_folder.environment", lambda v=version: {"python": v})
+        with RunFolder.open(tmp_path / "run", CONFIG, resume=True):
+            pass
+    assert json.loads((tmp_path / "run" / "environment.json").read_text()) == {"python": "5.0", "before_resume": [first, {"python": "4.0"}]}
+
+
+def test_existing_opens_only_runs(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        RunFolder.existing(tmp_path)
+    start(tmp_path / "run")
+    with RunFolder.existing(tmp_path / "run") as run:
+        run.log({"stage": "sft", "step": 2})
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+# --- the lock
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "run", CONFIG):
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(RunFolderError, match=rf"in use by another run \(process {os.getpid()}\)"):
+                RunFolder.open(tmp_path / "run", CONFIG, **options)
+        assert is_run(tmp_path / "run")
+    RunFolder.open(tmp_path / "run", CONFIG, resume=True).close()
+
+
+def test_killed_process_leaves_no_stale_lock(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a run, a temporary file and half a line on disk: the next process resumes cleanly."""
+    code = f"""
+        import os, signal
+        from srppo.config import build, dump
+        from srppo.run_folder import RunFolder
+        run = RunFolder.open({str(tmp_path / "run")!r}, dump(build({{}})))
+        run.log({{"stage": "ppo", "iteration": 1}})
+        open(run.path / "metrics.jsonl", "a").write('{{"stage": "ppo", "iter')
+        open(run.path / ".summary.json.x1.tmp", "w").write("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert read_lines(tmp_path / "run" / "metrics.jsonl") == [{"stage": "ppo", "iteration": 1}]
+    with RunFolder.open(tmp_path / "run", CONFIG, resume=True) as run:
+        run.log({"stage": "ppo", "iteration": 2})
+        assert run.metrics() == [{"stage": "ppo", "iteration": 1}, {"stage": "ppo", "iteration": 2}]
+    assert not list((tmp_path / "run").glob("*.tmp")) and not list((tmp_path / "run").glob(".*.tmp"))
+
+
+# --- writing
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.ENOSPC, "no space is left on the device"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.EIO, "Input/output"),
+    ],
+)
+@pytest.mark.parametrize("step", ["mkstemp", "fsync", "replace"])
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, advice: str, step: str) -> None:
+    write_json(tmp_path / "a.json", {"old": 1})
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(tempfile if step == "mkstemp" else os, step, fail)
+    with pytest.raises(RunFolderError, match=advice) as error:
+        write_json(tmp_path / "a.json", {"new": 2})
+    monkeypatch.undo()
+    assert str(tmp_path / "a.json") in str(error.value)
+    assert {p.name: json.loads(p.read_text()) for p in tmp_path.iterdir()} == {"a.json": {"old": 1}}
+
+
+def test_interrupt_while_writing_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes(tmp_path / "a", b"x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_that_cannot_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter([None, OSError(errno.ENOSPC, "full")])  # config.yaml succeeds, environment.json does not
+
+    def sometimes(*_: Any) -> None:
+        if (error := next(calls)) is not None:
+            raise error
+
+    monkeypatch.setattr(os, "fsync", sometimes)
+    with pytest.raises(RunFolderError, match="no space"):
+        RunFolder.open(tmp_path / "run", CONFIG)
+    assert not (tmp_path / "run").exists()
+
+
+def test_full_disk_while_appending_leaves_whole_lines(tmp_path: Path) -> None:
+    """A real partial write: the process may write 4096 bytes a file, so the kernel takes a part of a line and refuses the rest."""
+    code = f"""
+        import resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        from srppo.errors import RunFolderError
+        from srppo.files import append_lines
+        try:
+            for i in range(1000):
+                append_lines({str(tmp_path / "m.jsonl")!r}, [{{"iteration": i, "text": "x" * 37}}])
+        except RunFolderError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert "cannot write" in done.stdout and "m.jsonl" in done.stdout, done.stderr
+    raw = (tmp_path / "m.jsonl").read_bytes()
+    assert raw.endswith(b"}\n")
+    assert [json.loads(line)["iteration"] for line in raw.splitlines()] == list(range(len(raw.splitlines())))
+    assert 4096 - len(raw) < 2 * 60
+
+
+def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        write_bytes(tmp_path / "a", b"x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_json_holds_no_nan_and_unpacks_tensors(tmp_path: Path) -> None:
+    value = {
+        "nan": float("nan"),
+        "inf": -float("inf"),
+        "tensor": torch.tensor([[1.5, float("inf")]]),
+        "scalar": torch.tensor(3),
+        "half": torch.tensor(0.5, dtype=torch.bfloat16),
+        "numpy": np.float32(0.25),
+        "integer": np.int64(7),
+        "flag": np.bool_(True),
+        "tuple": (1, None, True),
+        "path": Path("a/b"),
+        5: "é\ud800",
+    }
+    expected = {
+        "nan": None,
+        "inf": None,
+        "tensor": [[1.5, None]],
+        "scalar": 3,
+        "half": 0.5,
+        "numpy": 0.25,
+        "integer": 7,
+        "flag": True,
+        "tuple": [1, None, True],
+        "path": "a/b",
+        "5": "é?",
+    }
+    write_json(tmp_path / "a.json", value)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == expected
+    assert type(plain(np.float64(1.0))) is float
+
+
+# --- metrics and samples
+
+
+def test_truncation_forgets_a_stage_after_an_iteration(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "run", CONFIG) as run:
+        for step in range(1, 4):
+            run.log({"stage": "sft", "step": step})
+        for k in range(1, 6):
+            run.log({"stage": "ppo", "iteration": k})
+            run.samples(k, [{"prompt": "a", "response": f"{k}"}, {"prompt": "b", "response": f"{k}"}])
+        run.truncate_metrics(3)
+        run.truncate_metrics(2, "sft")
+        assert [(r["stage"], r.get("iteration", r.get("step"))) for r in run.metrics()] == [
+            ("sft", 1),
+            ("sft", 2),
+            ("ppo", 1),
+            ("ppo", 2),
+            ("ppo", 3),
+        ]
+        samples = read_lines(run.path / "samples.jsonl")
+        assert [s["iteration"] for s in samples] == [1, 1, 2, 2, 3, 3]
+        assert samples[0] == {"stage": "ppo", "iteration": 1, "prompt": "a", "response": "1"}
+        run.truncate_metrics(-1)
+        assert {r["stage"] for r in run.metrics()} == {"sft"} and not read_lines(run.path / "samples.jsonl")
+
+
+def test_truncation_that_changes_nothing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunFolder.open(tmp_path / "run", CONFIG) as run:
+        run.log({"stage": "ppo", "iteration": 1})
+        monkeypatch.setattr(files, "write_bytes", lambda *_: pytest.fail("rewritten"))
+        run.truncate_metrics(1)
+
+
+def test_damage_in_the_middle_is_an_error_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    append_lines(path, [{"a": 1}])
+    path.write_bytes(path.read_bytes() + b'{"a": 2\n{"a": 3}\n')
+    with pytest.raises(RunFolderError, match=r"m\.jsonl, line 2: damaged"):
+        read_lines(path)
+
+
+def test_missing_and_damaged_json(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "run", CONFIG) as run:
+        with pytest.raises(RunFolderError, match=r"summary\.json: no such file; the run did not get so far"):
+            run.read_json("summary.json")
+        (run.path / "summary.json").write_text("{")
+        with pytest.raises(RunFolderError, match=r"summary\.json: cannot be read"):
+            run.read_json("summary.json")
