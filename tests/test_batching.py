@@ -105,7 +105,14 @@ def test_layout_of_a_packed_batch() -> None:
 
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 1}
-ROPE = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "pad_token_id": 0}
+ROPE = {
+    **SIZES,
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
 APART = {
     "llama": LlamaConfig(**ROPE),
     "qwen3": Qwen3Config(**ROPE, head_dim=8),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-import tiny_tokenizers as tiny
+from pathlib import Path
 
+import pytest
+
+import tiny_tokenizers as tiny
 from srppo.config import DataConfig
 from srppo.data.chat import ChatFormat
 from srppo.data.messages import Demonstration, Unusable
+from srppo.data.templates import PLAIN_TEMPLATE
 from srppo.errors import ConfigError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -148,6 +151,18 @@ def test_assistant_turns_by_growth_equal_the_generation_marks(style: str, name: 
     assert learned.count(end) == 3  # each of the three assistant turns is taught to end
 
 
+def test_marks_that_leave_the_end_token_out_are_extended_by_it() -> None:
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = tiny.chatml(marked)
+    encoded = ChatFormat(tokenizer, [tokenizer.eos_token_id], loss_on="assistant").encode(Demonstration([HELLO, THERE, ASK], [THERE]))
+    learned = tokenizer.decode([i for i, m in zip(encoded.ids, encoded.target_mask) if m])
+    assert learned == "hello there<|im_end|>hello there<|im_end|>"
+
+
 def test_loss_on_response_learns_the_last_turn_only() -> None:
     chat = chat_of("llama3")
     encoded = chat.encode(Demonstration(CONVERSATION, [THERE]))
@@ -203,6 +218,11 @@ def test_plain_template() -> None:
     assert hf_ids(chat, [HELLO], ask=True) == chat.render_prompt([HELLO]).ids
 
 
+def test_the_plain_template_is_the_documented_one() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert PLAIN_TEMPLATE.strip() in text
+
+
 def test_plain_template_with_an_eos_only_the_model_names() -> None:
     tokenizer = tiny.chatml()
     tokenizer.chat_template = tokenizer.eos_token = None
@@ -240,7 +260,7 @@ def test_the_templates_own_refusals_are_told() -> None:
         ChatFormat(tokenizer, [1]).render_prompt([ASK])
 
 
-def test_template_files(tmp_path) -> None:
+def test_template_files(tmp_path: Path) -> None:
     path = tmp_path / "my.jinja"
     path.write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}", encoding="utf-8")
     tokenizer = tiny.chatml()
@@ -250,5 +270,5 @@ def test_template_files(tmp_path) -> None:
         ChatFormat(tokenizer, [1], chat_template=str(path)).render_prompt([HELLO])
     with pytest.raises(ConfigError, match="neither auto nor plain"):
         ChatFormat(tokenizer, [1], chat_template=str(tmp_path / "none.jinja"))
-    with pytest.raises(ConfigError, match="no end-of-sequence|names an end-of-sequence"):
+    with pytest.raises(ConfigError, match="names an end-of-sequence token"):
         ChatFormat(tokenizer, [])

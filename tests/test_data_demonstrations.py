@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tokenizers as tiny
 
+import tiny_tokenizers as tiny
 from srppo.config import DataConfig
 from srppo.data.chat import ChatFormat
 from srppo.data.demonstrations import Demonstrations, load_demonstrations
@@ -183,7 +183,7 @@ def test_notes(tmp_path: Path) -> None:
 
 
 def test_source_not_set() -> None:
-    with pytest.raises(ConfigError, match="data.demonstrations is not set"):
+    with pytest.raises(ConfigError, match=r"data\.demonstrations is not set"):
         load_demonstrations(DataConfig(), chat(), 0)
 
 

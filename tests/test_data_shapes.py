@@ -111,7 +111,10 @@ FINE = {"prompt": "a", "completion": "b"}
         ({"messages": [USER, "hi"]}, "messages[1] must be a message {role, content}, found a string"),
         ({"messages": [{"from": "human", "value": "hi"}]}, "messages[0] has no role and no content; it has from, value"),
         ({"messages": [USER, {"role": "gpt", "content": "x"}]}, "messages[1] has the role 'gpt'; known are system"),
-        ({"messages": [USER, {"role": "assistant", "content": [{"type": "text"}]}]}, "'messages[1].content' must be a string, found a list"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "text"}]}]},
+            "'messages[1].content' must be a string, found a list",
+        ),
         ({"question": "a", "answer": 4}, "field 'answer' must be a string, found a number"),
         ({"instruction": "a", "input": [], "output": "b"}, "field 'input' must be a string, found a list"),
         ({"instruction": "a", "instances": ["b"]}, "field 'instances' must be a list of objects"),
@@ -137,7 +140,7 @@ def test_text_rows_cannot_be_prompts() -> None:
 
 
 def test_wrong_column_maps() -> None:
-    with pytest.raises(ConfigError, match="'promt' is none of ours .*did you mean 'prompt'"):
+    with pytest.raises(ConfigError, match=r"'promt' is none of ours .*did you mean 'prompt'"):
         records([FINE], columns={"promt": "prompt"})
     with pytest.raises(DataError, match=r"no column 'qestion' \(data.columns: prompt\); found answer, question; did you mean 'question'"):
         records([{"question": "a", "answer": "b"}], columns={"prompt": "qestion", "completion": "answer"})
@@ -150,5 +153,3 @@ def test_rows_to_drop_are_kept_with_their_reason() -> None:
         "the conversation does not end with an assistant message",
         "the prompt ends with an assistant message",
     ]
-
-

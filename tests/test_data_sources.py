@@ -113,7 +113,9 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError, match=r"openai/gsm8k:main: no such file or folder here.*ConnectionError: Couldn't reach the Hub.*network"):
+    with pytest.raises(
+        DataError, match=r"openai/gsm8k:main: no such file or folder here.*ConnectionError: Couldn't reach the Hub.*network"
+    ):
         read_rows("openai/gsm8k:main", "test")
 
 

@@ -11,8 +11,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_job import tiny_job, write_rows
-from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
 import srppo
@@ -23,6 +21,8 @@ from srppo.progress import make_progress
 from srppo.records import TokenBatch
 from srppo.train import ppo as ppo_module
 from srppo.train.interrupt import Interrupt, Interrupted
+from tiny_job import tiny_job, write_rows
+from tiny_models import ARCHITECTURES
 
 
 def run(config: Any, **options: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def test_micro_batches_of_any_size_take_the_same_step() -> None:
     for cut in (1, 2, 8):
         parameter, learner = make()
         parts = targets.split(cut)
-        step = learner.step([lambda part=part: quadratic(parameter, part) for part in parts], denominator=8)
+        step = learner.step([lambda p=parameter, part=part: quadratic(p, part) for part in parts], denominator=8)
         results.append((float(parameter.detach()), step.loss, step.grad_norm))
     assert results[0] == pytest.approx(results[1], abs=1e-12) and results[0] == pytest.approx(results[2], abs=1e-12)
     # mean of 2 (p - t) over t = 0..7 at p = 1 is 2 (1 - 3.5) = -5; the loss is the mean of (1 - t)^2

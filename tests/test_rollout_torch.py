@@ -272,8 +272,10 @@ def test_the_model_is_left_as_it_was_and_the_record_is_trainable_data(llama: Pre
     model.config.use_cache = False
     modes = [m.training for m in model.modules()]
     weights = {k: v.clone() for k, v in model.state_dict().items()}
+    random_state = torch.random.get_rng_state()
     rollout = TorchEngine(Special(), 4).generate(model, some_prompts(6), range(6), Sampling(10))
     assert [m.training for m in model.modules()] == modes and model.config.use_cache is False
+    assert torch.equal(torch.random.get_rng_state(), random_state)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters()) and torch.is_grad_enabled()
     same(rollout, TorchEngine(Special(), 4).generate(llama, some_prompts(6), range(6), Sampling(10)))  # no dropout

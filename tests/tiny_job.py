@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tiny_models import save_tiny
-
 from srppo.config import RunConfig, build, merge
+from tiny_models import save_tiny
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:

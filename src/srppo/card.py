@@ -37,7 +37,7 @@ def model_card(config: RunConfig, role: str) -> str:
         lines += [
             f"- reward: log pi_sft - log pi_base, placement {reward.placement}, length normalisation {reward.length_normalization}",
             f"- KL anchor {reward.kl_anchor}, coefficient {reward.kl_coef}" + (f", target {reward.kl_target}" if reward.kl_target else ""),
-            f"- PPO: {ppo.iterations} rounds of {ppo.prompts_per_iteration} prompts x {ppo.samples_per_prompt} samples, lr {ppo.learning_rate}",
+            f"- PPO: {ppo.iterations} rounds of {ppo.prompts_per_iteration} x {ppo.samples_per_prompt} rollouts, lr {ppo.learning_rate}",
         ]
     lines += ["", "The run folder's report.html and summary.json say how it compares with the base and the fine-tuned model.", ""]
     return "\n".join(lines)

@@ -80,7 +80,7 @@ class DataConfig(Section):
     """Prompts given as plain strings: raw text continued as it is (as in TRL), or wrapped as a user message.
     Message lists always use the template."""
     chat_template: str = "auto"
-    """auto: the tokenizer's, else the plain one of the docs. Or the path of a Jinja file."""
+    """auto: the tokenizer's, else the plain one of the docs. tokenizer, plain, or the path of a Jinja file."""
     loss_on: Literal["response", "assistant"] = "response"
     """Learn the last assistant message only, or every assistant turn of a conversation."""
     max_prompt_tokens: int = Field(default=512, ge=1)
@@ -290,6 +290,9 @@ def valid_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
 def nearest_key(key: str) -> str | None:
     """The valid dotted key most like a wrong one, its last part alone compared too."""
     keys = valid_keys()
+    elsewhere = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]  # the right name in the wrong section
+    if elsewhere:
+        return difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.0)[0]
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if close:
         return close[0]

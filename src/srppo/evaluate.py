@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from srppo.intervals import bootstrap_interval
 from srppo.models.roles import Roles
 from srppo.records import Prompt, Rollout
 from srppo.rollout.engine import RolloutEngine, Sampling
 from srppo.scoring import Scorer
 from srppo.seeding import stream_seed
-
-BOOTSTRAP_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -34,20 +33,26 @@ class GroupResult:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What a role said to one prompt, and what it was worth. Scores are None without a scorer."""
+
+    group: str
+    row: int  # of the prompt in its source
+    prompt: str
+    sampled: list[str]
+    sampled_scores: list[float] | None
+    greedy: str
+    greedy_score: float | None
+    lengths: list[int]  # tokens of the samples
+
+
+@dataclass(frozen=True)
 class Evaluation:
     groups: dict[str, GroupResult]
-    rows: list[dict[str, object]]  # one a prompt: what was asked, answered and scored
+    rows: list[Answers]  # one a prompt
 
     def to_dict(self) -> dict[str, dict[str, object]]:
         return {name: asdict(result) for name, result in self.groups.items()}
-
-
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean (Efron 1979) of per-prompt scores."""
-    x = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(x), size=(BOOTSTRAP_DRAWS, len(x)))
-    low, high = np.quantile(x[picks].mean(1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def limit_per_group(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
@@ -102,30 +107,28 @@ def evaluate(
         texts = [decode(sampled.response_ids(r)) for r in own]
         greedy_text = decode(greedy.response_ids(i))
         rows.append(
-            {
-                "group": prompt.group,
-                "row": prompt.row,
-                "prompt": prompt.text,
-                "sampled": texts,
-                "sampled_scores": [scorer(t, prompt.fields) for t in texts] if scorer else None,
-                "greedy": greedy_text,
-                "greedy_score": scorer(greedy_text, prompt.fields) if scorer else None,
-                "lengths": sampled.lengths[own].tolist(),
-            }
+            Answers(
+                group=prompt.group,
+                row=prompt.row,
+                prompt=prompt.text,
+                sampled=texts,
+                sampled_scores=[scorer(t, prompt.fields) for t in texts] if scorer else None,
+                greedy=greedy_text,
+                greedy_score=scorer(greedy_text, prompt.fields) if scorer else None,
+                lengths=sampled.lengths[own].tolist(),
+            )
         )
     return Evaluation(_groups(prompts, rows, sampled, greedy, samples), rows)
 
 
-def _groups(
-    prompts: Sequence[Prompt], rows: Sequence[dict[str, object]], sampled: Rollout, greedy: Rollout, samples: int
-) -> dict[str, GroupResult]:
+def _groups(prompts: Sequence[Prompt], rows: Sequence[Answers], sampled: Rollout, greedy: Rollout, samples: int) -> dict[str, GroupResult]:
     out = {}
     for name in dict.fromkeys(p.group for p in prompts):
         own = [i for i, p in enumerate(prompts) if p.group == name]
         samples_of = [r for i in own for r in range(i * samples, (i + 1) * samples)]
-        scored = rows[own[0]]["greedy_score"] is not None
-        sample_means = [float(np.mean(rows[i]["sampled_scores"])) for i in own] if scored else []  # type: ignore[arg-type]
-        greedy_scores = [float(rows[i]["greedy_score"]) for i in own] if scored else []  # type: ignore[arg-type]
+        sample_means = [float(np.mean(scores)) for i in own if (scores := rows[i].sampled_scores) is not None]
+        greedy_scores = [score for i in own if (score := rows[i].greedy_score) is not None]
+        scored = bool(greedy_scores)
         low, high = bootstrap_interval(sample_means) if scored else (None, None)
         greedy_low, greedy_high = bootstrap_interval(greedy_scores) if scored else (None, None)
         out[name] = GroupResult(
@@ -145,41 +148,24 @@ def _groups(
 
 
 def lost_and_gained(base: Evaluation, model: Evaluation) -> dict[str, dict[str, float]]:
-    """Retention by group: of the prompts the base answers greedily right (score above 0.5), the share the model no longer does; and gained, of the others.
+    """Retention by group, from greedy answers (right: a score above 0.5).
 
-    Empty without a scorer.
+    lost: of the prompts the base gets right, the share the model no longer does. gained: of the others, the share it now does.
+    base_right: how many the base gets right. Empty without a scorer.
     """
     out: dict[str, dict[str, float]] = {}
     for name in base.groups:
         pairs = [
-            (float(b["greedy_score"]) > 0.5, float(m["greedy_score"]) > 0.5)  # type: ignore[arg-type]
-            for b, m in zip(base.rows, model.rows)
-            if b["group"] == name and b["greedy_score"] is not None
+            (before.greedy_score > 0.5, after.greedy_score > 0.5)
+            for before, after in zip(base.rows, model.rows, strict=True)
+            if before.group == name and before.greedy_score is not None and after.greedy_score is not None
         ]
         if pairs:
-            knew = [after for before, after in pairs if before]
-            not_known = [after for before, after in pairs if not before]
+            knew = [right for known, right in pairs if known]
+            unknown = [right for known, right in pairs if not known]
             out[name] = {
                 "lost": 1 - sum(knew) / len(knew) if knew else 0.0,
-                "gained": sum(not_known) / len(not_known) if not_known else 0.0,
+                "gained": sum(unknown) / len(unknown) if unknown else 0.0,
                 "base_right": float(len(knew)),
             }
-    return out
-
-
-def paired_gain(before: Sequence[dict[str, object]], after: Sequence[dict[str, object]]) -> dict[str, dict[str, float]]:
-    """Mean sampled-score difference after - before on the same prompts, by group, with its 95 % bootstrap interval over prompts.
-
-    Paired: the difference is taken prompt by prompt, so what makes a prompt hard cancels. Empty without scores.
-    """
-    out: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys(str(r["group"]) for r in before):
-        gaps = [
-            float(np.mean(b["sampled_scores"])) - float(np.mean(a["sampled_scores"]))  # type: ignore[arg-type]
-            for a, b in zip(before, after, strict=True)
-            if a["group"] == name and a["sampled_scores"] is not None
-        ]
-        if gaps:
-            low, high = bootstrap_interval(gaps)
-            out[name] = {"gain": float(np.mean(gaps)), "low": low, "high": high, "n": float(len(gaps))}
     return out

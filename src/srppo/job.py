@@ -10,8 +10,8 @@ from typing import Any
 from srppo.config import RunConfig, build, load_recipe, merge
 from srppo.environment import versions
 from srppo.errors import ConfigError
-from srppo.evaluate import paired_gain
 from srppo.files import read_lines
+from srppo.intervals import paired_gain
 from srppo.progress import Progress, make_progress
 from srppo.run_folder import is_run
 from srppo.stages import ROLE_OF_STAGE, continued_stage, evaluation_stage, outcome, ppo_stage, sft_stage
@@ -61,7 +61,8 @@ def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False,
     with open_workspace(config, progress, resume=resume, overwrite=overwrite) as space:
         if config.sft.checkpoint is None and outcome(space, "sft") is None:
             raise ConfigError(
-                f"there is no SFT model to start PPO from: set sft.checkpoint, or run `srppo sft` into {config.output} first and add --resume"
+                "there is no SFT model to start PPO from: set sft.checkpoint, "
+                f"or run `srppo sft` into {config.output} first and add --resume"
             )
         sft_stage(space)
         for stage in ("base", "sft"):
@@ -112,7 +113,12 @@ def conclude(space: Workspace) -> dict[str, Any]:
 
 def summarise(space: Workspace) -> dict[str, Any]:
     """summary.json: for each finished stage its groups, and what the run cost."""
-    summary: dict[str, Any] = {"seed": space.config.seed, "wall_seconds": space.elapsed(), "peak_rss_mb": peak_rss_mb(), "versions": versions()}
+    summary: dict[str, Any] = {
+        "seed": space.config.seed,
+        "wall_seconds": space.elapsed(),
+        "peak_rss_mb": peak_rss_mb(),
+        "versions": versions(),
+    }
     extras: dict[str, dict[str, Any]] = {"heldout_nll": {}, "lost_and_gained": {}, "forgetting": {}, "compute": {}, "stage_seconds": {}}
     for stage in STAGES:
         evaluated = outcome(space, f"evaluate-{stage}")
@@ -129,7 +135,11 @@ def summarise(space: Workspace) -> dict[str, Any]:
             extras["stage_seconds"][name] = trained.get("seconds")
             summary[f"{name}_training"] = {k: v for k, v in trained.items() if k not in ("compute", "seconds")}
     answers = {s: read_lines(space.run.path / f"evaluation/{s}.jsonl") for s in STAGES if summary.get(s)}
-    extras["srppo_gain"] = {s: paired_gain(answers[s], answers["srppo"]) for s in answers if s != "srppo" and "srppo" in answers}
+    extras["srppo_gain"] = {
+        other: {group: gain.to_dict() for group in summary[other] if (gain := paired_gain(rows, answers["srppo"], group))}
+        for other, rows in answers.items()
+        if other != "srppo" and "srppo" in answers
+    }
     return summary | extras
 
 
@@ -141,7 +151,9 @@ def show(summary: dict[str, Any], progress: Progress) -> None:
         for stage in STAGES:
             result = summary.get(stage, {}).get(group)
             if result:
-                percent = [None if result[k] is None else f"{100 * result[k]:.1f} %" for k in ("sampled", "sampled_low", "sampled_high", "greedy")]
+                percent = [
+                    None if result[k] is None else f"{100 * result[k]:.1f} %" for k in ("sampled", "sampled_low", "sampled_high", "greedy")
+                ]
                 interval = f"{percent[1]} to {percent[2]}" if percent[1] else ""
                 kept = [percent[0] or "", interval, percent[3] or ""]
                 rows.append([TITLES[stage], *kept, f"{result['mean_length']:.1f}", f"{100 * result['eos_rate']:.0f} %"])

@@ -65,7 +65,7 @@ def final_value(text: str) -> Decimal | None:
 
 def _number(text: str) -> Decimal | None:
     try:
-        value = Decimal(re.sub(r"[\s,$]", "", text).rstrip("."))
+        value = Decimal(re.sub(r"[\s,$]", "", text))
     except InvalidOperation:
         return None
     return value if value.is_finite() else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from dataclasses import asdict
 from typing import Any
 
 from srppo.card import model_card
-from srppo.evaluate import Evaluation, GroupResult, evaluate, limit_per_group, lost_and_gained
+from srppo.evaluate import Answers, Evaluation, GroupResult, evaluate, limit_per_group, lost_and_gained
 from srppo.files import read_lines, write_lines
 from srppo.retention import base_answers, forgetting
 from srppo.train.compute import Compute
@@ -88,7 +90,7 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
             seed=config.seed,
             on_progress=space.interrupt.check,
         )
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name, group in result.groups.items():
             metrics |= {f"eval/{name}/{k}": v for k in ("sampled", "greedy", "mean_length") if (v := getattr(group, k)) is not None}
         nll = heldout_nll(roles, "policy", loaded.demonstrations.heldout, config.sft.micro_batch_size)
@@ -176,7 +178,7 @@ def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[
                     on_progress=tick,
                 )
             (space.run.path / "evaluation").mkdir(exist_ok=True)
-            write_lines(space.run.path / f"evaluation/{stage}.jsonl", result.rows)
+            write_lines(space.run.path / f"evaluation/{stage}.jsonl", [asdict(row) for row in result.rows])
             content["groups"] = result.to_dict()
             content["lost_and_gained"] = {} if stage == "base" else lost_and_gained(_base_evaluation(space), result)
         content["heldout_nll"] = heldout_nll(roles, role, loaded.demonstrations.heldout, config.sft.micro_batch_size)
@@ -190,8 +192,8 @@ def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[
 def _base_evaluation(space: Workspace) -> Evaluation:
     """The base's evaluation as its stage wrote it."""
     groups = (outcome(space, "evaluate-base") or {"groups": {}})["groups"]
-    rows: list[dict[str, object]] = [dict(r) for r in read_lines(space.run.path / "evaluation/base.jsonl")]
-    return Evaluation({name: GroupResult(**g) for name, g in groups.items()}, rows)
+    rows = [Answers(**row) for row in read_lines(space.run.path / "evaluation/base.jsonl")]
+    return Evaluation({name: GroupResult(**group) for name, group in groups.items()}, rows)
 
 
 def _forgetting(space: Workspace, role: str) -> dict[str, float]:
@@ -206,6 +208,4 @@ def _forgetting(space: Workspace, role: str) -> dict[str, float]:
 
 def drop_checkpoint(space: Workspace, name: str) -> None:
     """Training state that a finished stage needs no more."""
-    import shutil
-
     shutil.rmtree(space.run.path / "checkpoints" / name, ignore_errors=True)

@@ -11,7 +11,6 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from srppo.config import RunConfig, dump
-from srppo.data.batching import check_packing
 from srppo.data.chat import ChatFormat
 from srppo.data.demonstrations import Demonstrations, load_demonstrations
 from srppo.data.prompts import load_prompts
@@ -22,7 +21,7 @@ from srppo.models.roles import Roles, build_roles
 from srppo.progress import Progress
 from srppo.records import Prompt
 from srppo.rollout.engine import RolloutEngine, Sampling, bias_warning
-from srppo.rollout.torch_engine import TorchEngine
+from srppo.rollout.torch_engine import TorchEngine, position_limit
 from srppo.run_folder import RunFolder
 from srppo.scoring import Scorer, load_scorer
 from srppo.threads import set_threads
@@ -107,30 +106,35 @@ def _load(config: RunConfig, progress: Progress) -> Loaded:
     progress.note(f"model: {config.model.name}, {config.tuning.kind} tuning, on {roles.device}")
     chat = ChatFormat.from_config(roles.tokenizer, roles.special.eos_ids, config.data)
     data, seed, evaluation = config.data, config.seed, config.evaluation
-    demonstrations = load_demonstrations(data, chat, seed)
-    prompt_set = load_prompts(data.prompts, data.prompts_split, data, chat, seed, data.max_prompts) if data.prompts else None
+    if chat.template_name != "tokenizer":
+        roles.tokenizer.chat_template = chat.template  # saved with every model, so that it is asked as it was trained
+    with roles.use("base") as model:
+        context = position_limit(model.config)
+    demonstrations = load_demonstrations(data, chat, seed, context=context)
+    prompt_set = None
+    if data.prompts:
+        prompt_set = load_prompts(data.prompts, data.prompts_split, data, chat, seed, data.max_prompts, context=context)
     prompts = prompt_set.prompts if prompt_set else demonstrations.train_prompts
     if config.ppo.iterations and not prompts:
         raise DataError("there are no prompts for PPO: the demonstrations have none to reuse; set data.prompts", data.demonstrations)
     summary = data_summary(demonstrations, prompt_set)
     for line in summary.lines():
         progress.note(line)
-    if config.sft.batching == "packed":
-        with roles.use("base") as model:
-            check_packing(model)
     sampling = Sampling(config.rollout.max_new_tokens, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
     if warning := bias_warning(sampling):
         progress.warn(warning)
     judged = demonstrations.heldout_prompts
     if evaluation.prompts:
         source, split = evaluation.prompts, evaluation.prompts_split
-        judged = load_prompts(source, split, data, chat, seed, evaluation.max_prompts, per_group=True).prompts
+        judged = load_prompts(source, split, data, chat, seed, evaluation.max_prompts, per_group=True, context=context).prompts
     if not judged:
         progress.warn("nothing to evaluate on: no held-out demonstrations and no evaluation.prompts")
     others: list[Prompt] = []
     if evaluation.retention_prompts:
         source = evaluation.retention_prompts
-        others = load_prompts(source, evaluation.prompts_split, data, chat, seed, evaluation.retention_max_prompts).prompts
-    engine, judge = (TorchEngine(roles.special, rows, config.model.autocast) for rows in (config.rollout.batch_size, evaluation.batch_size))
+        others = load_prompts(source, evaluation.prompts_split, data, chat, seed, evaluation.retention_max_prompts, context=context).prompts
+    # On a CPU autocast converts all weights anew for each token: decoding in it was 16 % slower than in float32.
+    autocast = config.model.autocast if roles.device.type == "cuda" else "none"
+    engine, judge = (TorchEngine(roles.special, rows, autocast) for rows in (config.rollout.batch_size, evaluation.batch_size))
     scorer = load_scorer(evaluation.scorer)
     return Loaded(roles, chat, demonstrations, prompts, judged, others, scorer, engine, judge, sampling, summary.to_dict())

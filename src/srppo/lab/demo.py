@@ -23,7 +23,13 @@ Demonstrations show right, terse answers for FOUR of ten task families. The ques
 
 
 def demo(
-    seed: int = 0, output: str = "runs/demo", *, overwrite: bool = False, resume: bool = False, progress: Progress | None = None, **changes: Any
+    seed: int = 0,
+    output: str = "runs/demo",
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Run the whole job in the lab world and say what is seen. Returns the summary.
 
@@ -48,5 +54,7 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         for group, gain in summary.get("srppo_gain", {}).get(rival, {}).items():
             points, low, high = (100 * gain[k] for k in ("gain", "low", "high"))
             clear = "" if low > 0 or high < 0 else ", which chance alone could give"
-            out.append(f"Families {group.replace('_', ' ')}: SRPPO {points:+.1f} points over {name} (95 % interval {low:+.1f} to {high:+.1f}{clear}).")
+            out.append(
+                f"Families {group.replace('_', ' ')}: SRPPO {points:+.1f} points over {name} (95 % interval {low:+.1f} to {high:+.1f}{clear})."
+            )
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -87,7 +87,7 @@ class FullRoles:
     def tensors(self, role: str) -> dict[str, Tensor]:
         return distinct_tensors(self._models[role])
 
-    def load_state(self, role: str, state: dict[str, Tensor]) -> None:
+    def load_state(self, role: str, state: Mapping[str, Tensor]) -> None:
         copy_into(self.tensors(role), state, role)
 
     def vocabulary_rows(self, role: str) -> int:

@@ -109,7 +109,9 @@ def _refuse(source: Source, model: ModelConfig) -> None:
         )
     config = read_json(source, "config.json")
     if config is None:
-        raise ModelError(f"{source}: holds no config.json; check the name or path")
+        if source.local:
+            raise ModelError(f"{source}: holds no model (neither config.json nor a .gguf file); check the path")
+        raise ModelError(unreachable(source, FileNotFoundError("no config.json")))
     refuse_foreign_code(source, config, model.trust_remote_code)
     refuse_encoder_decoder(source, config)
     if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in config:

@@ -7,7 +7,7 @@ disabling and enabling adapters does the same. So each use records what it finds
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -206,7 +206,7 @@ class LoraRoles:
                 found[".".join(parts[: where[0]] + parts[where[0] + 1 :])] = parameter
         return found
 
-    def load_state(self, role: str, state: dict[str, Tensor]) -> None:
+    def load_state(self, role: str, state: Mapping[str, Tensor]) -> None:
         copy_into(self.tensors(role), state, role)
 
     def vocabulary_rows(self, role: str) -> int:

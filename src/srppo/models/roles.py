@@ -5,7 +5,7 @@ One object owns them all. How they share memory is the store's affair (full_role
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -47,7 +47,7 @@ class Store(Protocol):
     def use(self, role: str, train: bool) -> AbstractContextManager[PreTrainedModel]: ...
     def parameters(self, role: str) -> dict[str, nn.Parameter]: ...
     def tensors(self, role: str) -> dict[str, Tensor]: ...
-    def load_state(self, role: str, state: dict[str, Tensor]) -> None: ...
+    def load_state(self, role: str, state: Mapping[str, Tensor]) -> None: ...
     def vocabulary_rows(self, role: str) -> int: ...
     def write(self, role: str, folder: str) -> None: ...
     def model(self, role: str) -> PreTrainedModel: ...
@@ -149,7 +149,7 @@ class Roles:
         self._check(role)
         return snapshot(self._store.tensors(role))
 
-    def load_state(self, role: str, state: dict[str, Tensor]) -> None:
+    def load_state(self, role: str, state: Mapping[str, Tensor]) -> None:
         """Put back a `state`, exactly. Raises ModelError if it is of another model, or for base."""
         self._check(role)
         if role == "base":
@@ -209,7 +209,7 @@ class Roles:
         """CPU clones of the critic's weights, for a checkpoint."""
         return snapshot(self._critic_tensors())
 
-    def load_critic_state(self, state: dict[str, Tensor]) -> None:
+    def load_critic_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back a `critic_state`, exactly. Raises ModelError if it is of another critic."""
         copy_into(self._critic_tensors(), state, CRITIC)
 

@@ -40,7 +40,7 @@ class Source:
 def find_source(name: str, gguf_file: str | None = None, revision: str | None = None) -> Source:
     """Where `name` is: a local folder, a GGUF file, a folder whose only model is one GGUF file, or a hub id.
 
-    Raises ModelError for an empty name, a path that does not exist, or a folder with no model or several GGUF files.
+    Raises ModelError for an empty name, a path that does not exist, or a folder with several GGUF files and no config.json.
     """
     if not name:
         raise ModelError("model.name is empty; set it to a hub id, a local folder or a GGUF file")
@@ -62,15 +62,13 @@ def model_source(model: ModelConfig) -> Source:
 
 
 def _only_gguf(folder: Path) -> str | None:
-    """The GGUF file of a folder without config.json; None where the folder is an ordinary one."""
+    """The GGUF file of a folder without config.json; None where the folder is an ordinary one, or holds none."""
     if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
         return None
     files = sorted(f.name for f in folder.glob("*.gguf"))
     if len(files) > 1:
         raise ModelError(f"{folder}: holds {len(files)} GGUF files ({', '.join(files)}); say which with model.gguf_file")
-    if not files:
-        raise ModelError(f"{folder}: holds no model (neither config.json nor a .gguf file); check the path")
-    return files[0]
+    return files[0] if files else None
 
 
 def read_json(source: Source, name: str) -> dict[str, Any] | None:

@@ -65,7 +65,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) or "No space" in str(error):  # safetensors wraps the system's error in its own type
             raise RunFolderError(
-                f"{final}: the checkpoint could not be written ({error}); earlier checkpoints are intact. Free space, then continue with --resume"
+                f"{final}: the checkpoint could not be written ({error}); earlier checkpoints are intact. "
+                "Free space, then continue with --resume"
             ) from error
         raise
     for step in saved_steps(folder)[:-keep]:

@@ -92,7 +92,9 @@ def train_ppo(
                     save()
     except StopRequested:
         save()
-        raise Interrupted(f"stopped after PPO round {state.iteration} of {ppo.iterations}; the state is saved: continue with --resume") from None
+        raise Interrupted(
+            f"stopped after PPO round {state.iteration} of {ppo.iterations}; the state is saved: continue with --resume"
+        ) from None
     except TrainingStopped:
         _save_stopped(run, roles, state, compute)
         raise
@@ -173,9 +175,7 @@ def _shown(metrics: dict[str, float]) -> dict[str, float]:
     return {k: metrics[k] for k in ("objective/scores", "objective/kl", "completions/mean_length")} | accuracy
 
 
-def _samples(
-    dealt: Sequence[Prompt], judged: Judged, rollout: Rollout, decode: Callable[[list[int]], str]
-) -> list[dict[str, object]]:
+def _samples(dealt: Sequence[Prompt], judged: Judged, rollout: Rollout, decode: Callable[[list[int]], str]) -> list[dict[str, object]]:
     """The first rollouts of a round, readable."""
     return [
         {

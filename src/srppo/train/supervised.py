@@ -81,7 +81,11 @@ def train_supervised(
             batches = [
                 b.to(roles.device)
                 for b in micro_batches(
-                    rows, micro_batch_size=config.micro_batch_size, pad_id=roles.special.pad_id, batching=config.batching, max_tokens=max_tokens
+                    rows,
+                    micro_batch_size=config.micro_batch_size,
+                    pad_id=roles.special.pad_id,
+                    batching=config.batching,
+                    max_tokens=max_tokens,
                 )
             ]
             tokens = sum(int(b.attention_mask.sum()) for b in batches)

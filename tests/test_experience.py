@@ -1,0 +1,94 @@
+"""From a rollout to the update's input, against values worked out by hand, and the deal of prompts."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from srppo.config import build
+from srppo.methods.srppo import coherent_reward, first_beta, next_beta
+from srppo.records import Rollout, ScoredRollout
+from srppo.train.experience import ValueScale, deal_prompts, judge, make_experience, round_metrics
+from srppo.train.update import split_rows
+
+
+def scored(values: torch.Tensor | None = None) -> ScoredRollout:
+    """Two rollouts of three and two tokens, the second cut at the limit."""
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    rollout = Rollout(
+        prompt_ids=[[5], [5, 6]],
+        prompt_index=[0, 1],
+        responses=torch.tensor([[7, 8, 9], [7, 8, 0]]),
+        mask=mask,
+        behaviour_logprobs=torch.tensor([[-1.0, -1.0, -1.0], [-2.0, -2.0, 0.0]]),
+        ended=torch.tensor([True, False]),
+    )
+    sft = torch.tensor([[-1.0, -2.0, -1.5], [-1.0, -1.0, 0.0]])
+    base = torch.tensor([[-3.0, -2.5, -2.0], [-2.0, -0.5, 0.0]])
+    return ScoredRollout(rollout, sft, base, sft, torch.zeros(2, 3) if values is None else values)
+
+
+def test_rewards_kl_and_returns_by_hand() -> None:
+    config = build({"reward": {"missing_eos_penalty": 3.0, "kl_coef": 0.5}, "ppo": {"whiten_advantages": False, "gae_lambda": 1.0}})
+    judged = judge(scored(), coherent_reward(config.reward), 0.5)
+    # log-ratios: 2 + .5 + .5 = 3 ; 1 - .5 - 3 (no EOS) = -2.5.  k1: (-1+1) + (-1+2) + (-1+1.5) = 1.5 ; (-2+1) * 2 = -2
+    assert judged.reward.scores.tolist() == pytest.approx([3.0, -2.5])
+    assert judged.returns.tolist() == pytest.approx([3.0 - 0.75, -2.5 + 1.0])
+    scale = ValueScale(mean=1.0, std=2.0)
+    experience = make_experience(scored(), judged, 0.5, scale, config)
+    # lambda 1: advantage = reward to go - V, V = 1 everywhere; rewards: [0, -.5, 3-.25], [.5, -2.5+.5]
+    assert experience.advantages.tolist() == [pytest.approx([1.25, 1.25, 1.75]), pytest.approx([-2.5, -3.0, 0.0])]
+    assert experience.returns.tolist() == [pytest.approx([0.625, 0.625, 0.875]), pytest.approx([-1.25, -1.5, 0.0])]
+    metrics = round_metrics(judged, experience, 0.5, scale)
+    assert metrics["objective/kl"] == pytest.approx((1.5 - 2.0) / 2)
+    assert metrics["objective/rlhf_reward"] == pytest.approx((2.25 - 1.5) / 2)
+    assert metrics["completions/clipped_ratio"] == 0.5 and metrics["val/num_eos_tokens"] == 1
+    assert metrics["completions/mean_length"] == 2.5 and metrics["reward_length_correlation"] == pytest.approx(1.0)
+
+
+def test_excluded_rollouts_do_not_shape_the_whitening() -> None:
+    config = build({"reward": {"missing_eos": "exclude"}})
+    experience = make_experience(scored(), judge(scored(), coherent_reward(config.reward), 1.0), 1.0, ValueScale(), config)
+    assert experience.keep.tolist() == [True, False]
+    assert float(experience.advantages[0].mean()) == pytest.approx(0.0, abs=1e-6)
+    assert experience.advantages[1].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_perfect_critic_explains_everything() -> None:
+    config = build({"ppo": {"gae_lambda": 1.0}, "reward": {"kl_anchor": "none"}})
+    judged = judge(scored(), coherent_reward(config.reward), 0.0)
+    right = torch.tensor([[3.0, 3.0, 3.0], [judged.returns[1]] * 3])
+    experience = make_experience(scored(right), judged, 0.0, ValueScale(), config)
+    assert round_metrics(judged, experience, 0.0, ValueScale())["critic/explained_variance"] == pytest.approx(1.0)
+
+
+def test_value_scale_of_a_round() -> None:
+    scale = ValueScale.of(torch.tensor([1.0, 3.0]))
+    assert (scale.mean, scale.std) == (2.0, 1.0)
+    assert ValueScale.of(torch.tensor([4.0, 4.0])).std == 1e-3  # equal returns: no division by zero
+
+
+def test_every_prompt_is_dealt_once_a_pass_whatever_the_round_size() -> None:
+    for per_round in (4, 7, 25):
+        dealt = [i for round_ in range(1, 71) for i in deal_prompts(10, per_round, 3, round_)]
+        for start in range(0, len(dealt) - 10, 10):
+            assert sorted(dealt[start : start + 10]) == list(range(10))
+    assert deal_prompts(10, 4, 3, 2) == deal_prompts(10, 4, 3, 2) != deal_prompts(10, 4, 4, 2)
+    assert max(Counter(deal_prompts(3, 9, 0, 1)).values()) == 3  # more than there are: each equally often
+
+
+def test_split_rows_keeps_every_row() -> None:
+    parts = split_rows(list(range(10)), 4)
+    assert sorted(sum(parts, [])) == list(range(10)) and {len(p) for p in parts} <= {2, 3}
+    assert len(split_rows([1, 2], 4)) == 2
+
+
+def test_beta_follows_its_target_only_where_asked() -> None:
+    fixed = build({"reward": {"kl_coef": 0.7}}).reward
+    assert first_beta(fixed) == next_beta(fixed, 0.7, 100.0, 64) == 0.7
+    aimed = build({"reward": {"kl_coef": 0.7, "kl_target": 2.0, "kl_horizon": 640}}).reward
+    assert next_beta(aimed, 0.7, 100.0, 64) == pytest.approx(0.7 * (1 + 0.2 * 0.1))
+    assert next_beta(aimed, 0.7, 1.9, 64) == pytest.approx(0.7 * (1 - 0.05 * 0.1))
+    assert first_beta(build({"reward": {"kl_anchor": "none"}}).reward) == 0.0
