@@ -209,9 +209,9 @@ def test_interrupt_says_what_is_kept_and_how_to_go_on(tmp_path: Path, monkeypatc
 def test_signal_in_a_real_process(recipe: str) -> None:
     """SIGINT at a moment the training loop does not guard: exit 130, one line, no traceback."""
     code = f"""
-        import os, signal, sys
-        import srppo.job
-        srppo.job.align = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or __import__("time").sleep(30)
+        import os, signal, sys, time, types
+        stop = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or time.sleep(30)
+        sys.modules["srppo.job"] = types.SimpleNamespace(align=stop)
         sys.argv = ["srppo", "align", {recipe!r}]
         from srppo.cli import main
         main()

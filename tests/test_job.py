@@ -246,3 +246,15 @@ def test_ppo_climbs_its_reward(tmp_path: Path) -> None:
     run(config)
     scores = [r["objective/scores"] for r in metrics(config.output)]
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 1.0
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_recomputed_activations_change_nothing(kind: str, tmp_path: Path) -> None:
+    """The backward pass recomputes the forward one: it must do so as the same role, with the same adapter on."""
+    ends = []
+    for recompute in (False, True):
+        output = str(tmp_path / f"run{recompute}")
+        run(tiny_job(tmp_path, "llama", kind, output=output, model__gradient_checkpointing=recompute, ppo__iterations=2))
+        ends.append(weights(Path(output) / "policy") | {f"critic {k}": v for k, v in weights(Path(output) / "critic").items()})
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=3e-5)

@@ -88,8 +88,7 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
             max_new_tokens=config.rollout.max_new_tokens,
             samples=1,
             seed=config.seed,
-            on_progress=space.interrupt.check,
-        )
+        )  # no stop in here: the round's weights have moved, and its record is written after this
         metrics: dict[str, float] = {}
         for name, group in result.groups.items():
             metrics |= {f"eval/{name}/{k}": v for k in ("sampled", "greedy", "mean_length") if (v := getattr(group, k)) is not None}
@@ -111,6 +110,8 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
     )
     roles.save("policy", run.path / "policy", card=model_card(config, "policy"))
     roles.save_critic(run.path / "critic")
+    if state.scale is not None:
+        run.write_json("critic/value_scale.json", {"mean": state.scale.mean, "std": state.scale.std})
     return finish(
         space,
         "ppo",

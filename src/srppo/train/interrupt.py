@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -41,6 +42,8 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        message = "\nstopping: the work at hand is finished and saved first. Ctrl-C again stops at once, back to the last checkpoint.\n"
+        os.write(2, message.encode())  # print is not safe in a signal handler
 
     def check(self, *_: object) -> None:
         """Raise StopRequested where a signal came in. Takes and ignores arguments, so it can serve as a progress callback."""
