@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from srppo.errors import ModelError, RunFolderError
+from srppo.errors import RunFolderError
 from srppo.models.roles import Roles
 from srppo.models.saving import atomic_folder, valid_generation_config
-from tiny_models import ARCHITECTURES, EOS, IM_END, PAD, save_tiny, tiny_model, tiny_roles, tiny_tokenizer
+from tiny_models import ARCHITECTURES, EOS, IM_END, PAD, save_tiny, tiny_roles
 
 IDS = torch.arange(7, 37).reshape(2, 15)
 
@@ -197,124 +196,3 @@ def test_generation_configs_that_transformers_refuses_to_save(tmp_path: Path) ->
     for kind in ("full", "lora"):
         moved(place, kind).save("policy", tmp_path / kind)
         assert GenerationConfig.from_pretrained(tmp_path / kind).temperature is None
-
-
-# --- loading roles
-
-
-def test_the_wrong_kind_of_checkpoint_is_refused(places: dict[str, str], tmp_path: Path) -> None:
-    full, lora = moved(places["llama"], "full"), moved(places["llama"], "lora")
-    full.save("policy", tmp_path / "full")
-    lora.save("policy", tmp_path / "lora")
-    with pytest.raises(ModelError, match=r"this is an adapter, but tuning.kind is full"):
-        full.load("sft", tmp_path / "lora")
-    with pytest.raises(ModelError, match=r"whole model, but tuning.kind is lora"):
-        lora.load("sft", tmp_path / "full")
-    with pytest.raises(ModelError, match=r"this is an adapter, not a model.*sft.checkpoint"):
-        tiny_roles(tmp_path / "lora")
-    with pytest.raises(ModelError, match="base is not changed by LoRA"):
-        lora.save("base", tmp_path / "base")
-    assert full.names() == lora.names() == {"base", "policy"} and not (tmp_path / "base").exists()
-
-
-def test_another_vocabulary_is_refused(places: dict[str, str], tmp_path: Path) -> None:
-    other = tiny_tokenizer()
-    other.add_tokens(["hello"])
-    save_tiny(tmp_path / "words", tokenizer=other, vocabulary=104)
-    save_tiny(tmp_path / "rows", vocabulary=128)
-    roles = tiny_roles(places["llama"])
-    with pytest.raises(ModelError, match="base and sft have different vocabularies"):
-        roles.load("sft", tmp_path / "words")
-    with pytest.raises(ModelError, match="base embeds 103 tokens and sft 128"):
-        roles.load("sft", tmp_path / "rows")
-    assert roles.names() == {"base"}
-    adapter = moved(places["llama"], "lora")
-    adapter.save("policy", tmp_path / "adapter")
-    other.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ModelError, match="different vocabularies"):
-        adapter.load("sft", tmp_path / "adapter")
-    assert adapter.names() == {"base", "policy"}
-
-
-def test_an_sft_of_another_architecture_scores_right(places: dict[str, str]) -> None:
-    """Same vocabulary, other network: full tuning does not mind, and must not reuse base's plan."""
-    roles = tiny_roles(places["llama"])
-    roles.load("sft", places["cohere"])
-    with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(places["cohere"])(IDS).logits.log_softmax(-1)[:, :-1]
-    from srppo.records import TokenBatch
-
-    target = torch.ones_like(IDS, dtype=torch.bool)
-    target[:, 0] = False
-    scores = roles.score("sft", TokenBatch(IDS, torch.ones_like(IDS), target)).logprobs
-    torch.testing.assert_close(scores, expected.gather(-1, IDS[:, 1:, None]).flatten(), atol=1e-5, rtol=0)
-
-
-def test_adapters_that_cannot_share_the_base_are_refused(places: dict[str, str], tmp_path: Path) -> None:
-    roles = moved(places["llama"], "lora")
-    for name, config, message in (
-        ("bias", LoraConfig(r=2, target_modules=["q_proj"], bias="all"), "trains biases"),
-        ("modules", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save"),
-        ("tokens", LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3]), "trainable_token_indices"),
-    ):
-        get_peft_model(tiny_model(), config).save_pretrained(tmp_path / name)
-        with pytest.raises(ModelError, match=message):
-            roles.load("sft", tmp_path / name)
-    raw = json.loads((tmp_path / "bias/adapter_config.json").read_text()) | {"peft_type": "PREFIX_TUNING"}
-    (tmp_path / "bias/adapter_config.json").write_text(json.dumps(raw))
-    with pytest.raises(ModelError, match="PREFIX_TUNING adapter"):
-        roles.load("sft", tmp_path / "bias")
-    assert roles.names() == {"base", "policy"}
-
-
-def test_adapters_made_elsewhere_load(places: dict[str, str], tmp_path: Path) -> None:
-    """Of another rank, on fewer layers, by PEFT itself."""
-    base = AutoModelForCausalLM.from_pretrained(places["llama"])
-    theirs = get_peft_model(base, LoraConfig(r=3, lora_alpha=7, target_modules=["v_proj"], task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for n, p in theirs.named_parameters():
-            if "lora_B" in n:
-                p.normal_()
-        expected = theirs(IDS).logits
-    theirs.save_pretrained(tmp_path / "theirs")
-    roles = moved(places["llama"], "lora")
-    mine = logits(roles, "policy")
-    roles.load("sft", tmp_path / "theirs")
-    roles.create("copy", "sft")
-    assert torch.equal(logits(roles, "sft"), expected) and torch.equal(logits(roles, "copy"), expected)
-    assert torch.equal(logits(roles, "policy"), mine)
-    with torch.no_grad():
-        assert torch.equal(logits(roles, "base"), AutoModelForCausalLM.from_pretrained(places["llama"])(IDS).logits)
-
-
-def test_adapters_of_another_model(places: dict[str, str], tmp_path: Path) -> None:
-    wide = save_tiny(tmp_path / "wide", hidden_size=64)
-    moved(wide, "lora").save("policy", tmp_path / "a")
-    moved(places["gpt2"], "lora").save("policy", tmp_path / "b")
-    roles = moved(places["llama"], "lora")
-    before = logits(roles, "policy")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for folder in ("a", "b"):
-            with pytest.raises(ModelError, match=r"does not fit|another model"):
-                roles.load("sft", tmp_path / folder)
-    assert roles.names() == {"base", "policy"} and torch.equal(logits(roles, "policy"), before)
-    same_shape = save_tiny(tmp_path / "twin", seed=5)
-    moved(same_shape, "lora").save("policy", tmp_path / "c")
-    with pytest.warns(UserWarning, match=r"says it was trained on .*twin"):
-        roles.load("sft", tmp_path / "c")
-
-
-def test_pickled_adapters_are_refused_unless_allowed(places: dict[str, str], tmp_path: Path) -> None:
-    roles = moved(places["llama"], "lora")
-    roles.save("policy", tmp_path / "out")
-    torch.save(load_file(tmp_path / "out/adapter_model.safetensors"), tmp_path / "out/adapter_model.bin")
-    (tmp_path / "out/adapter_model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"pickled.*model.allow_pickle"):
-        roles.load("sft", tmp_path / "out")
-    allowed = tiny_roles(places["llama"], "lora", allow_pickle=True)
-    allowed.load("sft", tmp_path / "out")
-    assert torch.equal(logits(allowed, "sft"), logits(roles, "policy"))
-    shutil.rmtree(tmp_path / "out")
-    with pytest.raises(ModelError, match="no such file or folder"):
-        roles.load("sft", tmp_path / "out")

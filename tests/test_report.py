@@ -223,11 +223,15 @@ def test_interval_without_answers_is_of_independent_means(tmp_path: Path) -> Non
     assert found.clear
 
 
-def test_what_the_summary_says_of_the_gain_is_what_the_page_says(run: Path) -> None:
-    summary = json.loads((run / "summary.json").read_text())
-    summary["srppo_gain"] = {"sft": {GROUPS[1]: {"gain": 0.151, "low": -0.01, "high": 0.3, "n": 200.0}}}
-    (run / "summary.json").write_text(json.dumps(summary))
-    assert "no clear difference (+15.1 points, 95 % interval −1.0 to +30.0)" in text_of(run)
+def test_noise_is_called_noise(run: Path) -> None:
+    """One prompt of 200 more is no finding."""
+    rows = [json.loads(line) for line in (run / "evaluation" / "sft.jsonl").read_text().splitlines()]
+    wrong = next(r for r in rows if r["group"] == GROUPS[1] and r["sampled_scores"] == [0.0])
+    wrong["sampled_scores"] = [1.0]
+    (run / "evaluation" / "srppo.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = difference(read_run(run), GROUPS[1], "srppo", "sft")
+    assert found is not None and found.gain == pytest.approx(1 / PROMPTS) and not found.clear
+    assert "no clear difference (+0.5 points" in text_of(run)
 
 
 @pytest.mark.parametrize(

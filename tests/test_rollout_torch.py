@@ -109,14 +109,14 @@ def same(a: Rollout, b: Rollout, rows: list[int] | None = None) -> None:
         torch.testing.assert_close(a.behaviour_logprobs[i][a.mask[i]], b.behaviour_logprobs[r][b.mask[r]], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("batch_size", [24, 5])
-def test_logprobs_are_a_plain_forwards(model: PreTrainedModel, batch_size: int) -> None:
+def test_logprobs_are_a_plain_forwards(model: PreTrainedModel) -> None:
     prompts = some_prompts()
-    rollout = TorchEngine(Special(), batch_size).generate(model, prompts, range(24), Sampling(40))
+    rollout = TorchEngine(Special(), 24).generate(model, prompts, range(24), Sampling(40))
     assert rollout.prompt_ids == prompts and rollout.prompt_index == list(range(24))
-    assert 1 < int(rollout.lengths.min()) + 1 < int(rollout.lengths.max())  # rows left at different steps
-    assert int((rollout.lengths + torch.tensor([len(p) for p in prompts])).max()) > 30  # far past the sliding windows
+    assert len(set(rollout.lengths.tolist())) > 5  # rows left at different steps
+    assert int((rollout.lengths + torch.tensor([len(p) for p in prompts])).max()) > 20  # far past the sliding windows
     assert_plain(model, rollout)
+    same(TorchEngine(Special(), 5).generate(model, prompts, range(24), Sampling(40)), rollout)
 
 
 def test_ends_at_the_first_eos_of_several(llama: PreTrainedModel) -> None:
@@ -200,7 +200,7 @@ def test_frequencies_are_the_models_probabilities(llama: PreTrainedModel, temper
     assert_plain(llama, TorchEngine(Special(), 8).generate(llama, [prompt] * 8, range(8), Sampling(12, temperature=temperature)))
 
 
-@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.5}, {"temperature": 1.5, "top_k": 6, "top_p": 0.7}])
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.95}, {"temperature": 1.5, "top_k": 6, "top_p": 0.7}])
 def test_filters_keep_hugging_faces_tokens(llama: PreTrainedModel, filters: dict[str, float]) -> None:
     prompt, draws = [20, 30, 41], 3000
     with torch.no_grad():

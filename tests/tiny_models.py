@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 
 from srppo.config import build
 from srppo.models.roles import Roles, build_roles
+from srppo.records import TokenBatch
 
 SPECIALS = ["<unk>", "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>"]
 UNK, PAD, BOS, EOS, IM_START, IM_END, EOT = range(len(SPECIALS))
@@ -128,3 +129,32 @@ def tiny_roles(
     """The roles on a folder of save_tiny, only base there. lora: settings of `tuning`; the rest are settings of `model`."""
     tuning = {"kind": kind, "lora_rank": 4, "lora_alpha": 8.0, **(lora or {})}
     return build_roles(build({"seed": seed, "model": {"name": str(folder), "device": "cpu", **model}, "tuning": tuning}))
+
+
+def tiny_batch(seed: int = 0) -> TokenBatch:
+    """Three rows of ten ordinary tokens, the second cut to seven; targets are all but the first three."""
+    ids = torch.randint(7, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(seed))
+    attention = torch.ones_like(ids)
+    attention[1, 7:] = 0
+    return TokenBatch(ids, attention, attention.bool() & (torch.arange(10) >= 3))
+
+
+def standard_roles(place: str, kind: str, **settings: Any) -> Roles:
+    """base, sft (trained away from base, then frozen), policy (a copy of sft) and critic."""
+    roles = tiny_roles(place, kind, **settings)  # type: ignore[arg-type]
+    roles.create("sft", "base")
+    train_role(roles, "sft", steps=2)
+    roles.create("policy", "sft")
+    roles.create_critic("sft")
+    roles.freeze("sft")
+    return roles
+
+
+def train_role(roles: Roles, role: str, steps: int = 1) -> None:
+    """Some optimizer steps up the likelihood of a fixed batch."""
+    optimizer = torch.optim.AdamW(roles.parameters(role).values(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with roles.use(role, train=True):
+            (-roles.score(role, tiny_batch(1), train=True).logprobs.sum()).backward()
+        optimizer.step()
