@@ -58,9 +58,8 @@ def page(summaries: dict[int, dict[str, Any]], result: dict[str, Any]) -> str:
             cells = [s[stage][group] for s in summaries.values()]
             each = ", ".join(f"{100 * c['sampled']:.1f}" for c in cells)
             length = statistics.fmean(c["mean_length"] for c in cells)
-            lines.append(
-                f"| {title} | {interval([c['sampled'] for c in cells])} | {interval([c['greedy'] for c in cells])} | {length:.1f} | {each} |"
-            )
+            sampled, greedy = (interval([c[kind] for c in cells]) for kind in ("sampled", "greedy"))
+            lines.append(f"| {title} | {sampled} | {greedy} | {length:.1f} | {each} |")
         for rival in ("sft", "sft_continued"):
             gains = [s["srppo_gain"][rival][group] for s in summaries.values()]
             each = ", ".join(f"{100 * g['gain']:+.1f} ({100 * g['low']:+.1f} to {100 * g['high']:+.1f})" for g in gains)

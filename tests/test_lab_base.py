@@ -24,7 +24,7 @@ def test_assets_are_small_and_loadable_without_pickle() -> None:
 
 @pytest.fixture(scope="module")
 def answers() -> dict[bool, list[bool]]:
-    """{greedy?: whether each response is exactly right}, by plain Hugging Face generation, prompt lengths apart so that nothing is padded."""
+    """{greedy?: whether each response is exactly right}, by plain Hugging Face generation, one prompt length at a time: no padding."""
     tokenizer = AutoTokenizer.from_pretrained(base_folder())
     model = AutoModelForCausalLM.from_pretrained(base_folder())
     rng = random.Random(2024)

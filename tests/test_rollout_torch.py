@@ -57,7 +57,8 @@ def build(name: str, **changes: Any) -> PreTrainedModel:
     """A random model with weights so large that a wrong position or mask would change its logits clearly."""
     if name not in LOCAL:
         positions = {"n_positions" if name == "gpt2" else "max_position_embeddings": 96}
-        return tiny_model(name, vocabulary=VOCAB, spread=0.35, **{**positions, **changes})
+        spread = 0.2 if name.startswith("gemma") else 0.35  # scaled embeddings
+        return tiny_model(name, vocabulary=VOCAB, spread=spread, **{**positions, **changes})
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(LOCAL[name]).eval()
 
@@ -113,7 +114,7 @@ def test_logprobs_are_a_plain_forwards(model: PreTrainedModel) -> None:
     prompts = some_prompts()
     rollout = TorchEngine(Special(), 24).generate(model, prompts, range(24), Sampling(40))
     assert rollout.prompt_ids == prompts and rollout.prompt_index == list(range(24))
-    assert len(set(rollout.lengths.tolist())) > 5  # rows left at different steps
+    assert len(set(rollout.lengths.tolist())) > 3  # rows left at different steps
     assert int((rollout.lengths + torch.tensor([len(p) for p in prompts])).max()) > 20  # far past the sliding windows
     assert_plain(model, rollout)
     same(TorchEngine(Special(), 5).generate(model, prompts, range(24), Sampling(40)), rollout)

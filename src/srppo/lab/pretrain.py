@@ -20,13 +20,13 @@ from srppo.seeding import stream_seed
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-STEPS = 2500
+STEPS = 1600
 """Optimizer steps of the shipped base."""
-SEQUENCES = 64
+SEQUENCES = 32
 """Sequences a step, each of documents by one author."""
 WINDOW = 96
 """Tokens a sequence."""
-PEAK_LR, FINAL_LR, WARMUP_STEPS = 3e-3, 3e-5, 100
+PEAK_LR, FINAL_LR, WARMUP_STEPS = 2.5e-3, 3e-5, 100
 PROMPT_WEIGHT = 0.1
 """Weight of prompt tokens in the loss: their words are random letters, of which nothing can be learned but the format."""
 
@@ -94,7 +94,9 @@ def weighted_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tens
     return (losses * kept).sum() / kept.sum()
 
 
-def pretrain(output: str | Path, seed: int = 0, steps: int = STEPS, progress: Callable[[int, int, float], None] | None = None) -> dict[str, Any]:
+def pretrain(
+    output: str | Path, seed: int = 0, steps: int = STEPS, progress: Callable[[int, int, float], None] | None = None
+) -> dict[str, Any]:
     """Train a base model and write it to `output` as a Hugging Face folder (config, safetensors, tokenizer).
 
     progress(step, steps, loss) is called after each step. Deterministic for a seed, a thread count and a torch build.

@@ -23,4 +23,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))  # no merges: one token a character
     core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, model_max_length=256, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=EOS, model_max_length=256, clean_up_tokenization_spaces=False
+    )

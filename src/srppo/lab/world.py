@@ -24,7 +24,7 @@ def base_folder() -> Path:
     """The pretrained base model that ships with the package, a Hugging Face folder. Raises ModelError where the installation lacks it."""
     folder = Path(str(resources.files("srppo.lab") / "assets"))
     if not (folder / "model.safetensors").is_file():
-        raise ModelError(f"{folder}: the embedded base model is missing from this installation; reinstall srppo, or run `srppo lab pretrain`")
+        raise ModelError(f"{folder}: the embedded base model is missing; reinstall srppo, or remake it with `srppo lab pretrain`")
     return folder
 
 
