@@ -101,6 +101,7 @@ def test_a_gguf_model_becomes_an_ordinary_one(gguf_file: tuple[Path, PreTrainedM
         torch.testing.assert_close(model(ids).logits, original(ids).logits, atol=1e-5, rtol=0)
         assert not any(hasattr(model, n) for n in ("hf_quantizer", "is_quantized")) and not hasattr(model.config, "quantization_config")
     assert roles.special == SpecialTokens(UNK, (EOS,)) and len(roles.tokenizer) == 103
+    assert (roles.tokenizer.bos_token, roles.tokenizer.eos_token) == ("<s>", "</s>")
     roles.create("sft", "base")
     for p in roles.parameters("sft").values():
         p.data += 0.01

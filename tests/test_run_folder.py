@@ -111,6 +111,10 @@ def test_check_says_the_same_and_writes_nothing(tmp_path: Path) -> None:
     RunFolder.check(tmp_path / "run", resume=True)
     with pytest.raises(RunFolderError, match="already holds a run"):
         RunFolder.check(tmp_path / "run")
+    with pytest.raises(RunFolderError, match="seed: 0 in the folder, 5 now"):
+        RunFolder.check(tmp_path / "run", resume=True, config_yaml=changed(seed=5))
+    RunFolder.check(tmp_path / "run", resume=True, config_yaml=changed(seed=5), may_differ=("seed",))
+    RunFolder.check(tmp_path / "new", resume=True, config_yaml=CONFIG)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 

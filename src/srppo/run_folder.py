@@ -61,11 +61,20 @@ class RunFolder:
         self._lock = lock
 
     @staticmethod
-    def check(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    def check(
+        path: str | Path,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        config_yaml: str | None = None,
+        may_differ: Collection[str] = (),
+    ) -> None:
         """Raise the RunFolderError that `open` would raise for what is at the path; write nothing. For before the models are loaded."""
         if resume and overwrite:
             raise RunFolderError("--resume continues a run and --overwrite deletes it: choose one")
         _refuse(Path(path), resume, overwrite)
+        if resume and config_yaml is not None and is_run(path):
+            _same_config(Path(path), config_yaml, may_differ)
 
     @classmethod
     def open(

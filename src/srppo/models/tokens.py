@@ -50,6 +50,17 @@ def _drop_phantoms(tokenizer: Any) -> None:
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(inner))
 
 
+def mend_gguf_ends(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Take the tokenizer's BOS and EOS from the GGUF file's own numbers, which the model's config holds.
+
+    transformers up to 5.17 gives the tokenizer of a Llama GGUF its BOS token as EOS.
+    """
+    for name in ("bos_token", "eos_token"):
+        token = getattr(model.config, f"{name}_id", None)
+        if isinstance(token, int) and 0 <= token < vocabulary_size(tokenizer):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> SpecialTokens:
     """Every token that ends a response, and one to pad with.
 
