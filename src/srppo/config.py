@@ -116,6 +116,8 @@ class SFTConfig(Section):
     """The cosine decays to this share of the peak."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
     checkpoints_at: list[float] = [0.25, 0.5, 1.0]
@@ -189,6 +191,8 @@ class PPOConfig(Section):
     """AdamW, policy."""
     critic_learning_rate: float = Field(default=1e-5, gt=0)
     """AdamW, critic."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon, policy and critic. PPO code often has 1e-5, which for billions of weights is as large as their gradients."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of both learning rates, over the iterations."""
     clip: float = Field(default=0.2, gt=0)

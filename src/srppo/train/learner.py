@@ -34,6 +34,7 @@ class Learner:
     learning_rate: float
     max_grad_norm: float
     weight_decay: float = 0.0
+    epsilon: float = 1e-8
     consecutive_skips: int = 0
     total_skips: int = 0
     optimizer: torch.optim.AdamW = field(init=False)
@@ -41,9 +42,8 @@ class Learner:
     def __post_init__(self) -> None:
         if not self.parameters:
             raise ValueError("a learner needs at least one parameter")
-        # eps 1e-5 is the PPO convention (arXiv 2403.17031); with 1e-8 the first steps of rarely active weights are as large as lr.
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=self.learning_rate, weight_decay=self.weight_decay, eps=1e-5, betas=(0.9, 0.999)
+            list(self.parameters.values()), lr=self.learning_rate, weight_decay=self.weight_decay, eps=self.epsilon, betas=(0.9, 0.999)
         )
 
     def set_lr(self, learning_rate: float) -> None:

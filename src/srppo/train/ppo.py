@@ -64,8 +64,8 @@ def train_ppo(
     roles.create_critic("sft")
     roles.freeze("sft")  # after the copies were taken from its full precision
     state = PPOState(
-        Learner(roles.parameters("policy"), ppo.learning_rate, ppo.max_grad_norm),
-        Learner(roles.critic_parameters(), ppo.critic_learning_rate, ppo.max_grad_norm),
+        Learner(roles.parameters("policy"), ppo.learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon),
+        Learner(roles.critic_parameters(), ppo.critic_learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon),
         first_beta(config.reward),
     )
     if saved_steps(folder):

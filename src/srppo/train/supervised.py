@@ -23,7 +23,7 @@ MAX_SKIPPED_STEPS = 5  # consecutive non-finite steps after which the run stops
 
 def new_learner(roles: Roles, role: str, config: SFTConfig) -> Learner:
     """An AdamW over the role's trainable parameters."""
-    return Learner(roles.parameters(role), config.learning_rate, config.max_grad_norm, config.weight_decay)
+    return Learner(roles.parameters(role), config.learning_rate, config.max_grad_norm, config.weight_decay, config.adam_epsilon)
 
 
 def planned_steps(examples: Sequence[Example], config: SFTConfig) -> int:
