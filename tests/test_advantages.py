@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import textwrap
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ def random_case(seed: int, rows: int = 5, columns: int = 7) -> tuple[Tensor, Ten
 
 def trl_lines(first: str, last: str) -> str:
     """Lines of TRL's PPO trainer from the one starting with `first` to the one starting with `last`: its arithmetic has no function."""
-    trainer = pytest.importorskip("trl.experimental.ppo.ppo_trainer").PPOTrainer
+    trainer = importlib.import_module("trl.experimental.ppo.ppo_trainer").PPOTrainer
     lines = inspect.getsource(trainer.train).splitlines()
     starts = [i for i, line in enumerate(lines) if line.strip().startswith(first)]
     ends = [i for i, line in enumerate(lines) if line.strip().startswith(last)]

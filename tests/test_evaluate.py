@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_job import tiny_job
 
 from srppo.evaluate import Answers, Evaluation, evaluate, limit_per_group, lost_and_gained
 from srppo.models.roles import build_roles
 from srppo.records import Prompt
 from srppo.retention import base_answers, forgetting
 from srppo.rollout.torch_engine import TorchEngine
+from tiny_job import tiny_job
 
 
 def prompt(i: int, group: str, answer: str) -> Prompt:

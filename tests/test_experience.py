@@ -27,7 +27,7 @@ def scored(values: torch.Tensor | None = None) -> ScoredRollout:
     )
     sft = torch.tensor([[-1.0, -2.0, -1.5], [-1.0, -1.0, 0.0]])
     base = torch.tensor([[-3.0, -2.5, -2.0], [-2.0, -0.5, 0.0]])
-    return ScoredRollout(rollout, sft, base, sft, torch.zeros(2, 3) if values is None else values)
+    return ScoredRollout(rollout, sft, base, sft, sft, torch.zeros(2, 3) if values is None else values)
 
 
 def test_rewards_kl_and_returns_by_hand() -> None:
@@ -81,7 +81,7 @@ def test_every_prompt_is_dealt_once_a_pass_whatever_the_round_size() -> None:
 
 def test_split_rows_keeps_every_row() -> None:
     parts = split_rows(list(range(10)), 4)
-    assert sorted(sum(parts, [])) == list(range(10)) and {len(p) for p in parts} <= {2, 3}
+    assert sorted(row for part in parts for row in part) == list(range(10)) and {len(p) for p in parts} <= {2, 3}
     assert len(split_rows([1, 2], 4)) == 2
 
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import srppo
 from srppo import stages
-from srppo.errors import DataError, RunFolderError, TrainingStopped
+from srppo.errors import ConfigError, DataError, ModelError, RunFolderError, TrainingStopped
 from srppo.models.roles import Roles
 from srppo.progress import make_progress
 from srppo.records import TokenBatch
 from srppo.train import ppo as ppo_module
-from srppo.train.interrupt import Interrupt, Interrupted
+from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
 from tiny_job import tiny_job, write_rows
 from tiny_models import ARCHITECTURES
 
@@ -194,14 +194,24 @@ def test_target_kl_stops_the_epochs(tmp_path: Path) -> None:
     assert all(r["policy/kl_stopped"] == 1 and r["policy/steps"] == 2 for r in metrics(config.output))
 
 
-def test_a_separate_reward_checkpoint_is_the_numerator(tmp_path: Path) -> None:
-    """With the first SFT checkpoint as numerator and the policy at the last, scores differ from the ordinary ones."""
-    scores = []
-    for name, checkpoint in (("same", "sft"), ("early", 0.5)):
-        config = tiny_job(tmp_path, output=str(tmp_path / name), reward__checkpoint=checkpoint, ppo__iterations=1, sft__steps=6)
-        run(config)
-        scores.append(metrics(config.output)[0]["objective/scores"])
-    assert scores[0] != scores[1]
+@pytest.mark.parametrize("checkpoint", ["sft", 0.5])
+def test_the_score_is_the_log_ratio_of_the_named_checkpoint_to_the_base(checkpoint: str | float, tmp_path: Path) -> None:
+    """Recomputed from the saved models by plain transformers."""
+    config = tiny_job(tmp_path, reward__checkpoint=checkpoint, ppo__iterations=1, sft__steps=6)
+    run(config)
+    output = Path(config.output)
+    numerator = output / ("sft" if checkpoint == "sft" else "sft_checkpoints/share-0.5")
+    sft, base = (AutoModelForCausalLM.from_pretrained(place) for place in (numerator, config.model.name))
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+    rows = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    for row in [r for r in rows if r["ended"] and r["length"] == len(r["response"]) + 1][:3]:  # one token a character, and EOS
+        prompt, response = tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["response"])["input_ids"], tokenizer.eos_token_id]
+        ids = torch.tensor([[*prompt, *response]])
+        with torch.no_grad():
+            said = [m(input_ids=ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1] for m in (sft, base)]
+        picked = [x.gather(1, torch.tensor(response)[:, None]).sum() for x in said]
+        if tokenizer.decode(response[:-1]) == row["response"]:
+            assert row["score"] == pytest.approx(float(picked[0] - picked[1]), abs=1e-3)
 
 
 def test_overwrite_keeps_the_old_run_when_the_new_one_cannot_start(tmp_path: Path) -> None:
@@ -258,3 +268,82 @@ def test_recomputed_activations_change_nothing(kind: str, tmp_path: Path) -> Non
         ends.append(weights(Path(output) / "policy") | {f"critic {k}": v for k, v in weights(Path(output) / "critic").items()})
     for name, tensor in ends[0].items():
         torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=3e-5)
+
+
+def test_a_stop_while_scoring_counts_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = (tiny_job(tmp_path, output=str(tmp_path / name)) for name in ("whole", "broken"))
+    first = run(whole)
+    inner, calls = ppo_module.score, []
+
+    def stopping(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise StopRequested
+        return inner(*args)
+
+    monkeypatch.setattr(ppo_module, "score", stopping)
+    with pytest.raises(Interrupted):
+        run(broken)
+    assert run(broken, resume=True)["compute"] == first["compute"]
+
+
+def test_a_finished_run_is_evaluated_again_by_other_settings(tmp_path: Path) -> None:
+    config = tiny_job(tmp_path)
+    before = run(config)
+    more = tiny_job(tmp_path, evaluation__samples=3)
+    after = srppo.run_evaluate(config.output, more, progress=make_progress("quiet"))
+    for stage in ("base", "sft", "sft_continued", "srppo"):
+        assert before[stage]["all"]["samples"] == 1 and after[stage]["all"]["samples"] == 3
+        assert before[stage]["all"]["greedy"] == after[stage]["all"]["greedy"]
+        assert before["heldout_nll"][stage] == pytest.approx(after["heldout_nll"][stage], rel=1e-6)
+
+
+def test_another_model_is_evaluated_by_a_recipe(tmp_path: Path) -> None:
+    first = run(tiny_job(tmp_path, output=str(tmp_path / "first"), reward__checkpoint=0.5))
+    recipe = tiny_job(tmp_path, output=str(tmp_path / "second"), reward__checkpoint=0.5)
+    again = srppo.run_evaluate(str(tmp_path / "first/policy"), recipe, progress=make_progress("quiet"))
+    assert again["sft"] == first["srppo"]
+
+
+def test_a_finished_sft_model_can_be_the_start(tmp_path: Path) -> None:
+    run(tiny_job(tmp_path, output=str(tmp_path / "first")))
+    config = tiny_job(tmp_path, output=str(tmp_path / "second"), sft__checkpoint=str(tmp_path / "first/sft"))
+    summary = run(config)
+    one, other = weights(tmp_path / "first/policy"), weights(tmp_path / "second/policy")
+    assert all(torch.equal(one[n], other[n]) for n in one) and summary["sft_continued"]["all"]["n"] == 4
+
+
+def test_a_wrong_start_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for changes in ({"sft__checkpoint": str(tmp_path / "none")}, {"reward__checkpoint": str(tmp_path / "none")}):
+        config = tiny_job(tmp_path, **changes)
+        with pytest.raises(ModelError, match="none"):
+            run(config)
+        assert not Path(config.output).exists()
+    config = tiny_job(tmp_path)
+    with pytest.raises(ConfigError, match="no SFT model"):
+        srppo.run_ppo(config, progress=make_progress("quiet"))
+    assert not Path(config.output).exists()
+
+
+def test_shares_that_fall_on_one_step_are_all_there(tmp_path: Path) -> None:
+    config = tiny_job(tmp_path, sft__steps=2, sft__checkpoints_at=[0.25, 0.5, 1.0], sft__keep=0.25, reward__checkpoint=0.5)
+    run(config)
+    shares = sorted(p.name for p in (Path(config.output) / "sft_checkpoints").iterdir())
+    assert shares == ["share-0.25", "share-0.5", "share-1"]
+
+
+def test_a_prompt_without_room_for_an_answer_is_dropped_and_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "x" * 505}, *({"prompt": f"say {i}?"} for i in range(8))]  # the tiny model has 512 positions
+    config = tiny_job(tmp_path, data__prompts=write_rows(tmp_path / "long.jsonl", rows), data__max_prompt_tokens=600)
+    run(config)
+    assert json.loads((Path(config.output) / "data.json").read_text())["prompts"]["used"] == 8
+
+
+def test_frozen_roles_in_lower_precision(tmp_path: Path) -> None:
+    config = tiny_job(tmp_path, model__frozen_dtype="bfloat16")
+    run(config)
+    assert {t.dtype for t in weights(Path(config.output) / "policy").values()} == {torch.float32}
+    continued = json.loads((Path(config.output) / "stages/sft_continued.json").read_text())
+    if continued["kept_step"] == 0:  # nothing better was found: it must be the SFT model, unrounded
+        one, other = weights(Path(config.output) / "sft"), weights(Path(config.output) / "sft_continued")
+        assert all(torch.equal(one[n], other[n]) for n in one)

@@ -91,3 +91,11 @@ def test_schedules_over_rounds() -> None:
     assert scheduled_lr("constant", 7, 10, 2.0) == 2.0
     assert scheduled_lr("linear", 5, 10, 2.0) == pytest.approx(1.0)
     assert scheduled_lr("cosine", 5, 10, 2.0) == pytest.approx(1.0) and math.isclose(scheduled_lr("cosine", 0, 10, 2.0), 2.0)
+
+
+def test_epsilon_reaches_the_optimizer() -> None:
+    """One Adam step from rest moves by lr g / (|g| + eps): half a learning rate where eps equals the gradient."""
+    parameter = Parameter(torch.tensor([1.0], dtype=torch.float64))
+    learner = Learner({"p": parameter}, learning_rate=0.1, max_grad_norm=1e9, epsilon=2.0)
+    learner.step([lambda: quadratic(parameter, torch.zeros(1, dtype=torch.float64))], 1)
+    assert float(parameter.detach()) == pytest.approx(1.0 - 0.1 * 0.5)

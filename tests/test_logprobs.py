@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_gradients_by_finite_differences(name: str) -> None:
 
 
 def test_plain_path_equals_torch_distributions_and_trl() -> None:
-    utils = pytest.importorskip("trl.trainer.utils")
+    utils = importlib.import_module("trl.trainer.utils")
     t = tensors(bias=True)
     scores = token_logprobs(head(t).logits(t["hidden"]), ids(), entropy=True)
     logprobs, spread = reference(t, None, 1.0)
@@ -105,7 +106,7 @@ def test_plain_path_equals_torch_distributions_and_trl() -> None:
 
 def test_chunked_equals_trls_chunked_head() -> None:
     """TRL goes over the vocabulary, with softcap after scale; it has no gradient for the entropy."""
-    utils = pytest.importorskip("trl.trainer.utils")
+    utils = importlib.import_module("trl.trainer.utils")
     t = tensors()
     theirs = utils._ChunkedLogProbFunction.apply(t["hidden"], t["weight"], ids(), 1.0, 7, 1.5, 0.5)
     ours = chunked_logprobs(t["hidden"], Head(t["weight"], softcap=1.5, multiplier=0.5), ids(), chunk=4, entropy=True)
@@ -115,7 +116,7 @@ def test_chunked_equals_trls_chunked_head() -> None:
 
 def test_heads_of_hugging_face_models() -> None:
     """softcap is Gemma 2's final_logit_softcapping, multiplier Cohere's logit_scale, bias that of GPT-J's head."""
-    transformers = pytest.importorskip("transformers")
+    transformers = importlib.import_module("transformers")
     sizes = {"vocab_size": V, "hidden_size": H, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     sizes["num_key_value_heads"] = 2
     gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(head_dim=4, final_logit_softcapping=0.02, **sizes))

@@ -121,6 +121,9 @@ def test_pickle_is_refused_unless_allowed(broken: Path) -> None:
     with pytest.raises(ModelError, match=r"pytorch_model.bin.*pickle|pickle.*pytorch_model.bin") as caught:
         load(broken)
     assert "convert them to safetensors" in str(caught.value) and "model.allow_pickle" in str(caught.value)
+    (broken / "other.safetensors").write_bytes(b"")  # a safe file beside it makes the pickle no safer
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(broken)
     assert torch.equal(load(broken, allow_pickle=True).lm_head.weight, weights["lm_head.weight"])
 
 

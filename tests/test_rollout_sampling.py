@@ -56,7 +56,8 @@ def test_inverse_cdf_never_takes_weight_zero(vocab: int, u: float) -> None:
     generator = torch.Generator().manual_seed(vocab)
     weights = torch.rand(300, vocab, generator=generator) * (torch.rand(300, vocab, generator=generator) < 0.3)
     weights[:, [0, vocab - 1]] = 0.0  # both ends filtered
-    weights[torch.arange(300), torch.randint(1, vocab - 1, (300,), generator=generator)] = torch.logspace(-30, 3, 300)
+    weights[:200, : vocab // 3] = weights[:200, -vocab // 3 :] = 0.0  # and more than a block of them
+    weights[torch.arange(300), torch.randint(vocab // 3, vocab - vocab // 3, (300,), generator=generator)] = torch.logspace(-30, 3, 300)
     weights[0] = 0.0
     weights[0, 2] = 1e-38
     tokens = inverse_cdf(weights, torch.full((300,), u, dtype=torch.float64))

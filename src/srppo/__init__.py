@@ -13,9 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from srppo.job import align, run_evaluate, run_ppo, run_sft
     from srppo.config import RunConfig, load_recipe
     from srppo.errors import SrppoError
+    from srppo.job import align, run_evaluate, run_ppo, run_sft
 
 __version__ = "0.1.0"
 _HOME = {

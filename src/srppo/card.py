@@ -14,17 +14,9 @@ _WHAT = {
 
 
 def model_card(config: RunConfig, role: str) -> str:
-    """A README.md with the front matter the Hugging Face hub reads."""
+    """What the model is and how it was made, as Markdown; saving adds the front matter and how to load it."""
     reward, ppo = config.reward, config.ppo
     lines = [
-        "---",
-        f"base_model: {config.model.name}",
-        f"library_name: {'peft' if config.tuning.kind == 'lora' else 'transformers'}",
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- srppo",
-        "---",
-        "",
         f"# {config.model.name}, aligned from demonstrations",
         "",
         f"Made by srppo {version('srppo')} from `{config.model.name}` by {_WHAT[role]}.",

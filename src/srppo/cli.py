@@ -203,7 +203,7 @@ def demo(ctx: click.Context, seed: int, output: str, resume: bool, overwrite: bo
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line: prompt, completion, tokens, ended.")
 @click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors.")
 def generate(model: str, prompts: tuple[str, ...], file: str | None, as_json: bool, **settings: Any) -> None:
-    """Print a model's answers. MODEL is a model folder, an adapter folder, a run folder (its best stage) or a hub id."""
+    """Print a model's answers. MODEL is a model folder, an adapter folder, a run folder (its policy, else its SFT model) or a hub id."""
     if bool(prompts) == (file is not None):
         raise ConfigError("give either --prompt TEXT (once or more) or --prompts FILE")
     from srppo.generate import generate_text, print_completions

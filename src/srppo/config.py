@@ -199,8 +199,6 @@ class PPOConfig(Section):
     """epsilon of the clipped surrogate."""
     value_clip: float = Field(default=0.2, gt=0)
     """Clip range of the critic's change per round, in units of the standard deviation of the first round's returns."""
-    value_coef: float = Field(default=0.1, gt=0)
-    """Weight of the critic's loss."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
@@ -254,7 +252,7 @@ class RunConfig(Section):
     seed: int = 0
     """Decides data splits, order, sampling and initial values."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads; by default the physical cores, or fewer when the machine is busy."""
+    """CPU threads; by default OMP_NUM_THREADS, else the cores this process may use, less those that others keep busy."""
     model: ModelConfig = ModelConfig()
     tuning: TuningConfig = TuningConfig()
     data: DataConfig = DataConfig()
@@ -275,6 +273,11 @@ class RunConfig(Section):
         for key, value in (("sft.keep", self.sft.keep), ("reward.checkpoint", self.reward.checkpoint)):
             if isinstance(value, (int, float)) and value not in shares:
                 raise ValueError(f"{key} is {value}, which is not among sft.checkpoints_at {shares}; add it there")
+        if self.sft.checkpoint is not None and isinstance(self.reward.checkpoint, (int, float)):
+            raise ValueError(
+                f"reward.checkpoint is a share of the SFT training ({self.reward.checkpoint}), but sft.checkpoint replaces that training; "
+                "give a path, or sft"
+            )
         if self.data.max_prompt_tokens >= self.data.max_tokens:
             limits = f"data.max_prompt_tokens ({self.data.max_prompt_tokens}) leaves no room for a response in data.max_tokens"
             raise ValueError(f"{limits} ({self.data.max_tokens})")

@@ -38,7 +38,7 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
 
 
 def paired_gain(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], group: str) -> Gain | None:
-    """Sampled score of `after` minus `before` (rows of evaluation/<stage>.jsonl) on a group's prompts; None where there is nothing to compare.
+    """Sampled score of `after` minus `before`, both rows of evaluation/<stage>.jsonl, on a group's prompts; None without any.
 
     Paired: the difference is taken prompt by prompt, so what makes a prompt hard cancels.
     """

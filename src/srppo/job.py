@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +37,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
             for role in ("policy", "critic"):  # make room; a resumed run has no critic
                 if space.loaded.roles.has(role):
                     space.loaded.roles.drop(role)
-            if config.evaluation.continued_sft and config.sft.checkpoint is None:
+            if config.evaluation.continued_sft:
                 continued_stage(space, ppo["compute"]["passes"])
                 evaluation_stage(space, CONTINUED)
         return conclude(space)
@@ -58,12 +56,11 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False,
 def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """PPO alone, from sft.checkpoint or from the SFT model that a run in config.output already holds (then pass resume)."""
     progress = progress or make_progress("live")
+    if config.sft.checkpoint is None and not (resume and (Path(config.output) / "stages/sft.json").is_file()):
+        raise ConfigError(
+            f"there is no SFT model to start PPO from: set sft.checkpoint, or run `srppo sft` into {config.output} first and add --resume"
+        )
     with open_workspace(config, progress, resume=resume, overwrite=overwrite) as space:
-        if config.sft.checkpoint is None and outcome(space, "sft") is None:
-            raise ConfigError(
-                "there is no SFT model to start PPO from: set sft.checkpoint, "
-                f"or run `srppo sft` into {config.output} first and add --resume"
-            )
         sft_stage(space)
         for stage in ("base", "sft"):
             evaluation_stage(space, stage)
@@ -82,15 +79,16 @@ def run_evaluate(target: str, config: RunConfig | None = None, *, progress: Prog
     if not is_run(target):
         if config is None:
             raise ConfigError(f"{target} is not a run folder; to evaluate a model, give a recipe with its base, prompts and scorer too")
-        return align(build(merge(config.model_dump(), {"sft.checkpoint": str(target), "ppo.iterations": 0})), progress=progress)
+        changes = {"sft.checkpoint": str(target), "ppo.iterations": 0, "reward.checkpoint": "sft"}
+        return align(build(merge(config.model_dump(), changes)), progress=progress)
     config = config or load_recipe(Path(target) / "config.yaml")
     config = config.model_copy(update={"output": str(target)})
-    with open_workspace(config, progress, resume=True) as space:
+    with open_workspace(config, progress, resume=True, may_differ=("evaluation",)) as space:
         roles, run = space.loaded.roles, space.run
         for stage, folder in (("base", ""), ("sft", "sft"), ("srppo", "policy"), (CONTINUED, CONTINUED)):
-            if stage != "base":
-                if outcome(space, f"evaluate-{stage}") is None or not run.has(folder):
-                    continue
+            if outcome(space, f"evaluate-{stage}") is None:
+                continue
+            if not roles.has(ROLE_OF_STAGE[stage]):
                 roles.load(ROLE_OF_STAGE[stage], run.path / folder)
             evaluation_stage(space, stage, again=True)
             if stage not in ("base", "sft"):
@@ -104,7 +102,7 @@ def conclude(space: Workspace) -> dict[str, Any]:
     from srppo.report import write_report  # plotting is slow to import and needed only here
 
     space.run.write_json("summary.json", summary)
-    space.run.write_json("elapsed.json", {"seconds": space.elapsed()})
+    space.note_cost()
     write_report(space.run.path)
     show(summary, space.progress)
     space.progress.note(f"report: {space.run.path / 'report.html'}")
@@ -116,7 +114,7 @@ def summarise(space: Workspace) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "seed": space.config.seed,
         "wall_seconds": space.elapsed(),
-        "peak_rss_mb": peak_rss_mb(),
+        "peak_rss_mb": space.peak_rss_mb(),
         "versions": versions(),
     }
     extras: dict[str, dict[str, Any]] = {"heldout_nll": {}, "lost_and_gained": {}, "forgetting": {}, "compute": {}, "stage_seconds": {}}
@@ -160,9 +158,3 @@ def show(summary: dict[str, Any], progress: Progress) -> None:
         n = next(summary[s][group]["n"] for s in STAGES if group in summary.get(s, {}))
         columns = ["", "sampled", "95 % interval", "greedy", "mean length", "ends"]
         progress.table(f"{group.replace('_', ' ')} ({n} prompts)", columns, rows)
-
-
-def peak_rss_mb() -> float:
-    """Peak resident memory of this process, MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

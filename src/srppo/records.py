@@ -107,6 +107,7 @@ class ScoredRollout:
     rollout: Rollout
     lp_reward: Tensor  # [B, T] log pi of the reward's numerator (the SFT checkpoint)
     lp_base: Tensor  # [B, T] log pi of the reward's denominator
+    lp_sft: Tensor  # [B, T] log pi of the SFT model, the policy's start (often the numerator and the anchor too)
     lp_anchor: Tensor | None  # [B, T] log pi of the KL anchor; None without one
     values: Tensor  # [B, T] critic's value of the state before each response token, in the critic's units
 

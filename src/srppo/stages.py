@@ -6,10 +6,12 @@ import shutil
 import time
 from dataclasses import asdict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from srppo.card import model_card
 from srppo.evaluate import Answers, Evaluation, GroupResult, evaluate, limit_per_group, lost_and_gained
 from srppo.files import read_lines, write_lines
+from srppo.records import Rollout
 from srppo.retention import base_answers, forgetting
 from srppo.train.compute import Compute
 from srppo.train.continued import ROLE as CONTINUED
@@ -21,6 +23,7 @@ from srppo.train.supervised import heldout_nll
 from srppo.workspace import Workspace
 
 EVALUATION_TITLES = {"base": "Evaluate base", "sft": "Evaluate SFT", CONTINUED: "Evaluate continued SFT", "srppo": "Evaluate SRPPO"}
+_ANSWERS: WeakKeyDictionary[Workspace, Rollout] = WeakKeyDictionary()
 ROLE_OF_STAGE = {"base": "base", "sft": "sft", CONTINUED: CONTINUED, "srppo": "policy"}
 
 
@@ -37,11 +40,10 @@ def finish(space: Workspace, name: str, content: dict[str, Any]) -> dict[str, An
 
 
 def sft_stage(space: Workspace) -> dict[str, Any]:
-    """Leave the role `sft` trained, and `reward` where another checkpoint is the reward's numerator. Writes sft/."""
+    """Leave the role `sft` trained. Writes sft/, unless sft.checkpoint names a finished model (the workspace has loaded that)."""
     config, roles, run = space.config, space.loaded.roles, space.run
     done = outcome(space, "sft")
     if config.sft.checkpoint is not None:
-        roles.load("sft", config.sft.checkpoint)
         done = done or finish(space, "sft", {"loaded": config.sft.checkpoint, "compute": Compute().to_dict()})
     elif done is not None:
         roles.load("sft", run.path / "sft")
@@ -60,10 +62,6 @@ def sft_stage(space: Workspace) -> dict[str, Any]:
         roles.save("sft", run.path / "sft", card=model_card(config, "sft"))
         done = finish(space, "sft", {**result.to_dict(), "compute": compute.to_dict(), "seconds": time.monotonic() - started})
         drop_checkpoint(space, "sft")
-    if config.reward.checkpoint != "sft" and not roles.has("reward"):
-        share = config.reward.checkpoint
-        roles.load("reward", share if isinstance(share, str) else run.path / f"sft_checkpoints/share-{share:g}")
-        roles.freeze("reward")
     return done
 
 
@@ -74,6 +72,9 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
     if done is not None:
         roles.load("policy", run.path / "policy")
         return done
+    if isinstance(config.reward.checkpoint, float | int):
+        roles.load("reward", run.path / f"sft_checkpoints/share-{config.reward.checkpoint:g}")
+        roles.freeze("reward")
     compute, started = Compute(), time.monotonic()
     during = limit_per_group(loaded.evaluation_prompts, config.evaluation.during_prompts)
 
@@ -127,13 +128,17 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
 
 
 def continued_stage(space: Workspace, passes: int) -> dict[str, Any]:
-    """Leave the role `sft_continued` trained with `passes` token passes. Writes sft_continued/."""
+    """Leave the role `sft_continued` trained with `passes` token passes. Writes sft_continued/.
+
+    It starts from the SFT model in full precision: the role `sft` may be frozen in a lower one by now.
+    """
     config, roles, run = space.config, space.loaded.roles, space.run
     done = outcome(space, CONTINUED)
     if done is not None:
         roles.load(CONTINUED, run.path / CONTINUED)
         return done
     compute, started = Compute(), time.monotonic()
+    roles.load(CONTINUED, config.sft.checkpoint or run.path / "sft")
     result = continue_sft(
         roles,
         space.loaded.demonstrations.train,
@@ -200,11 +205,21 @@ def _base_evaluation(space: Workspace) -> Evaluation:
 def _forgetting(space: Workspace, role: str) -> dict[str, float]:
     config, loaded = space.config, space.loaded
     with space.progress.stage("Retention", 2, "steps") as ticker:
-        answers = base_answers(loaded.roles, loaded.retention_prompts, loaded.evaluation_engine, config.rollout.max_new_tokens, config.seed)
+        answers = _base_answers(space)
         ticker.advance(1)
         out = forgetting(loaded.roles, role, answers, config.ppo.micro_batch_size)
         ticker.advance(2, nats_per_token=out["nats_per_token"])
     return out
+
+
+def _base_answers(space: Workspace) -> Rollout:
+    """The base's answers to the retention prompts, asked for once a process."""
+    if space not in _ANSWERS:
+        loaded, config = space.loaded, space.config
+        _ANSWERS[space] = base_answers(
+            loaded.roles, loaded.retention_prompts, loaded.evaluation_engine, config.rollout.max_new_tokens, config.seed
+        )
+    return _ANSWERS[space]
 
 
 def drop_checkpoint(space: Workspace, name: str) -> None:

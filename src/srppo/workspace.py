@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from srppo.config import RunConfig, dump
 from srppo.data.chat import ChatFormat
 from srppo.data.demonstrations import Demonstrations, load_demonstrations
-from srppo.data.prompts import load_prompts
+from srppo.data.prompts import PromptSet, load_prompts
 from srppo.data.report import data_summary
 from srppo.data.sources import read_rows
 from srppo.errors import ConfigError, DataError
@@ -49,7 +51,7 @@ class Loaded:
         return self.chat.response_text(ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is itself, whatever it holds
 class Workspace:
     """An open run."""
 
@@ -60,10 +62,20 @@ class Workspace:
     loaded: Loaded
     started: float  # time.monotonic() at opening
     seconds_before: float  # of the processes that began this run
+    peak_before: float  # MiB, of theirs
 
     def elapsed(self) -> float:
         """Wall seconds of the run so far, resumed ones included."""
         return self.seconds_before + time.monotonic() - self.started
+
+    def peak_rss_mb(self) -> float:
+        """Peak resident memory of the run's processes, MiB."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return max(self.peak_before, peak / (1024 * 1024 if sys.platform == "darwin" else 1024))
+
+    def note_cost(self) -> None:
+        """Write what the run cost so far, for the process that resumes it."""
+        self.run.write_json("elapsed.json", {"seconds": self.elapsed(), "peak_rss_mb": self.peak_rss_mb()})
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -82,21 +94,27 @@ def check_inputs(config: RunConfig) -> None:
 
 
 @contextmanager
-def open_workspace(config: RunConfig, progress: Progress, *, resume: bool = False, overwrite: bool = False) -> Iterator[Workspace]:
-    """Check the inputs, take the run folder, load models and data, and report on the data. Signals are caught inside."""
+def open_workspace(
+    config: RunConfig, progress: Progress, *, resume: bool = False, overwrite: bool = False, may_differ: Collection[str] = ()
+) -> Iterator[Workspace]:
+    """Check the inputs, load models and data, take the run folder, and report on the data. Signals are caught inside.
+
+    may_differ: configuration keys and sections that a resumed run may have otherwise than the folder (see RunFolder.open).
+    """
     started = time.monotonic()
     progress.note(set_threads(config.threads))
-    RunFolder.check(config.output, resume=resume, overwrite=overwrite)
+    text = dump(config)
+    RunFolder.check(config.output, resume=resume, overwrite=overwrite, config_yaml=text, may_differ=may_differ)
     check_inputs(config)
     loaded = _load(config, progress)  # before the folder is touched: a wrong model or file leaves no trace
-    with RunFolder.open(config.output, dump(config), resume=resume, overwrite=overwrite) as run, Interrupt() as interrupt:
-        before = run.read_json("elapsed.json")["seconds"] if run.has("elapsed.json") else 0.0
-        space = Workspace(config, run, progress, interrupt, loaded, started, before)
+    with RunFolder.open(config.output, text, resume=resume, overwrite=overwrite, may_differ=may_differ) as run, Interrupt() as interrupt:
+        before = run.read_json("elapsed.json") if run.has("elapsed.json") else {}
+        space = Workspace(config, run, progress, interrupt, loaded, started, before.get("seconds", 0.0), before.get("peak_rss_mb", 0.0))
         run.write_json("data.json", loaded.data_summary)
         try:
             yield space
         finally:
-            run.write_json("elapsed.json", {"seconds": space.elapsed()})
+            space.note_cost()
 
 
 def _load(config: RunConfig, progress: Progress) -> Loaded:
@@ -105,36 +123,67 @@ def _load(config: RunConfig, progress: Progress) -> Loaded:
     roles = build_roles(config)
     progress.note(f"model: {config.model.name}, {config.tuning.kind} tuning, on {roles.device}")
     chat = ChatFormat.from_config(roles.tokenizer, roles.special.eos_ids, config.data)
-    data, seed, evaluation = config.data, config.seed, config.evaluation
     if chat.template_name != "tokenizer":
         roles.tokenizer.chat_template = chat.template  # saved with every model, so that it is asked as it was trained
     with roles.use("base") as model:
         context = position_limit(model.config)
+    room = None if context is None else context - config.rollout.max_new_tokens + 1  # a prompt needs space for its answer
+    data, seed, evaluation = config.data, config.seed, config.evaluation
+
+    def prompts_of(source: str, split: str, limit: int | None, per_group: bool = False) -> PromptSet:
+        return load_prompts(source, split, data, chat, seed, limit, per_group=per_group, context=room)
+
     demonstrations = load_demonstrations(data, chat, seed, context=context)
-    prompt_set = None
-    if data.prompts:
-        prompt_set = load_prompts(data.prompts, data.prompts_split, data, chat, seed, data.max_prompts, context=context)
-    prompts = prompt_set.prompts if prompt_set else demonstrations.train_prompts
+    asked = prompts_of(data.prompts, data.prompts_split, data.max_prompts) if data.prompts else None
+    prompts = asked.prompts if asked else _with_room(demonstrations.train_prompts, room)
     if config.ppo.iterations and not prompts:
         raise DataError("there are no prompts for PPO: the demonstrations have none to reuse; set data.prompts", data.demonstrations)
-    summary = data_summary(demonstrations, prompt_set)
+    split = evaluation.prompts_split
+    judged = prompts_of(evaluation.prompts, split, evaluation.max_prompts, per_group=True) if evaluation.prompts else None
+    others = prompts_of(evaluation.retention_prompts, split, evaluation.retention_max_prompts) if evaluation.retention_prompts else None
+    summary = data_summary(demonstrations, asked, judged, others)
     for line in summary.lines():
         progress.note(line)
     sampling = Sampling(config.rollout.max_new_tokens, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
     if warning := bias_warning(sampling):
         progress.warn(warning)
-    judged = demonstrations.heldout_prompts
-    if evaluation.prompts:
-        source, split = evaluation.prompts, evaluation.prompts_split
-        judged = load_prompts(source, split, data, chat, seed, evaluation.max_prompts, per_group=True, context=context).prompts
-    if not judged:
+    judged_prompts = judged.prompts if judged else _with_room(demonstrations.heldout_prompts, room)
+    if not judged_prompts:
         progress.warn("nothing to evaluate on: no held-out demonstrations and no evaluation.prompts")
-    others: list[Prompt] = []
-    if evaluation.retention_prompts:
-        source = evaluation.retention_prompts
-        others = load_prompts(source, evaluation.prompts_split, data, chat, seed, evaluation.retention_max_prompts, context=context).prompts
+    scorer = load_scorer(evaluation.scorer)
+    if scorer and judged_prompts:
+        scorer("", judged_prompts[0].fields)  # a scorer that misses a field says so now, not after hours
+    _try_roles(config, roles)
     # On a CPU autocast converts all weights anew for each token: decoding in it was 16 % slower than in float32.
     autocast = config.model.autocast if roles.device.type == "cuda" else "none"
     engine, judge = (TorchEngine(roles.special, rows, autocast) for rows in (config.rollout.batch_size, evaluation.batch_size))
-    scorer = load_scorer(evaluation.scorer)
-    return Loaded(roles, chat, demonstrations, prompts, judged, others, scorer, engine, judge, sampling, summary.to_dict())
+    return Loaded(
+        roles,
+        chat,
+        demonstrations,
+        prompts,
+        judged_prompts,
+        others.prompts if others else [],
+        scorer,
+        engine,
+        judge,
+        sampling,
+        summary.to_dict(),
+    )
+
+
+def _with_room(prompts: list[Prompt], room: int | None) -> list[Prompt]:
+    """Demonstrations' prompts that leave room for an answer; load_prompts drops (and counts) the others of a file by itself."""
+    return prompts if room is None else [p for p in prompts if len(p.ids) < room]
+
+
+def _try_roles(config: RunConfig, roles: Roles) -> None:
+    """Load the checkpoints the configuration names, and see that an adapter fits: before anything is written or computed."""
+    if config.sft.checkpoint is not None:
+        roles.load("sft", config.sft.checkpoint)
+    if isinstance(config.reward.checkpoint, str) and config.reward.checkpoint != "sft" and config.ppo.iterations:
+        roles.load("reward", config.reward.checkpoint)
+        roles.freeze("reward")
+    if config.tuning.kind == "lora":
+        roles.create("trial", "base")
+        roles.drop("trial")

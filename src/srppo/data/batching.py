@@ -9,15 +9,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import torch
-
-from srppo.errors import ModelError
 from srppo.masking import example_batch, length_sorted_chunks
 from srppo.records import Example, TokenBatch, pad_sequences
 from srppo.seeding import permutation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 WINDOW = 4  # consecutive batches of the shuffle whose examples are sorted by length together
 
@@ -101,31 +98,3 @@ def packed_batch(rows: Sequence[Sequence[Example]], pad_id: int) -> TokenBatch:
     targets = pad_sequences([[m for e in row for m in (0, *e.target_mask[1:])] for row in rows]).bool()
     segments = pad_sequences([[n for n, e in enumerate(row, start=1) for _ in e.ids] for row in rows])
     return TokenBatch(ids, attention, targets, segments)
-
-
-def check_packing(model: PreTrainedModel) -> None:
-    """Raises ModelError where packed examples would see each other in this architecture.
-
-    transformers keeps packed examples apart by the restarts in position_ids, provided the model hands these to its mask; some do
-    not (OPT, Bloom, Falcon, MPT), and say nothing. So it is tried: other tokens in the first example must change nothing in the
-    second, and the second must come out as it does alone.
-    """
-    size: int = model.config.get_text_config().vocab_size
-    first, other, second = ([(7 * k + shift) % size for k in range(6)] for shift in (1, 2, 3))
-    examples = [[Example(ids, [1] * 6, 0) for ids in pair] for pair in ((first, second), (other, second))]
-    batch = packed_batch(examples, 0).to(model.device)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            both = model(input_ids=batch.ids, attention_mask=None, position_ids=batch.position_ids, use_cache=False).logits[:, 6:].float()
-            alone = model(input_ids=batch.ids[:1, 6:], use_cache=False).logits.float()
-    finally:
-        model.train(was_training)
-    scale = float(alone.std())
-    leak, gap = float((both[0] - both[1]).abs().max()), float((both[:1] - alone).abs().max())
-    if leak > 1e-3 * scale or gap > 0.1 * scale:
-        raise ModelError(
-            f"{type(model).__name__} does not keep packed examples apart (another first example changes the second's logits by {leak:.2g}, "
-            f"packed and alone differ by {gap:.2g}); use sft.batching: length_grouped"
-        )

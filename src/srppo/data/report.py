@@ -126,9 +126,9 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Distinct rollout prompts that are, token for token, also prompts of demonstrations."""
+    """Distinct prompts that are, token for token, also prompts of demonstrations."""
 
-    prompts: int  # distinct rollout prompts
+    prompts: int  # distinct ones
     with_train: int
     with_heldout: int
 
@@ -138,6 +138,9 @@ class DataSummary:
     demonstrations: DataReport
     prompts: DataReport | None  # None: the demonstrations' prompts serve
     overlap: Overlap | None
+    evaluation: DataReport | None  # None: held-out demonstrations serve
+    retention: DataReport | None
+    evaluation_overlap: Overlap | None  # of evaluation prompts with demonstrations
     notes: list[str]  # on the two together
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,25 +157,40 @@ class DataSummary:
             share = 100 * o.with_train / o.prompts if o.prompts else 0.0
             out += self.prompts.lines()
             out.append(f"overlap: {o.with_train} of {o.prompts} distinct prompts ({share:.1f} %) have a training demonstration")
+        for name, report in (("evaluation", self.evaluation), ("retention", self.retention)):
+            if report is not None:
+                out += [f"{name} {line}" if line[:1] != " " else line for line in report.lines()]
         return out + [f"  note: {note}" for note in self.notes]
 
 
-def data_summary(demonstrations: Demonstrations, prompts: PromptSet | None) -> DataSummary:
-    """Both reports, and how the rollout prompts overlap with the demonstrations'. prompts None: the training prompts serve as such."""
-    if prompts is None:
-        return DataSummary(demonstrations.report, None, None, [])
-    asked = {tuple(p.ids) for p in prompts.prompts}
-    train = {tuple(p.ids) for p in demonstrations.train_prompts}
-    held = {tuple(p.ids) for p in demonstrations.heldout_prompts}
-    overlap = Overlap(len(asked), len(asked & train), len(asked & held))
+def data_summary(
+    demonstrations: Demonstrations, prompts: PromptSet | None, evaluation: PromptSet | None = None, retention: PromptSet | None = None
+) -> DataSummary:
+    """All reports, and how rollout and evaluation prompts overlap with the demonstrations'. prompts None: the training prompts serve."""
+    judged = None if evaluation is None else _overlap(evaluation, demonstrations)
+    others = (evaluation.report if evaluation else None, retention.report if retention else None, judged)
     notes = []
+    if judged and judged.with_train:
+        notes.append(
+            f"{judged.with_train} evaluation prompts are those of training demonstrations: accuracy there is not on unseen prompts"
+        )
+    if prompts is None:
+        return DataSummary(demonstrations.report, None, None, *others, notes)
+    overlap = _overlap(prompts, demonstrations)
     if overlap.with_heldout:
         notes.append(f"{overlap.with_heldout} prompts are those of held-out demonstrations: evaluation there is not on unseen prompts")
     unlearned = prompts.report.formats.keys() - demonstrations.report.formats.keys()
     if unlearned:
         learned = " and ".join(demonstrations.report.formats)
         notes.append(f"prompts come as {' and '.join(sorted(unlearned))}, but demonstrations as {learned}; see data.string_prompts")
-    return DataSummary(demonstrations.report, prompts.report, overlap, notes)
+    return DataSummary(demonstrations.report, prompts.report, overlap, *others, notes)
+
+
+def _overlap(prompts: PromptSet, demonstrations: Demonstrations) -> Overlap:
+    asked = {tuple(p.ids) for p in prompts.prompts}
+    train = {tuple(p.ids) for p in demonstrations.train_prompts}
+    held = {tuple(p.ids) for p in demonstrations.heldout_prompts}
+    return Overlap(len(asked), len(asked & train), len(asked & held))
 
 
 def repeats(items: Iterable[Sequence[int]]) -> int:

@@ -27,13 +27,15 @@ PLAIN_TEMPLATE = """\
 def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, bos: str) -> tuple[str, str]:
     """(name, Jinja text) for data.chat_template.
 
-    option: "auto" (the tokenizer's own, else the plain one), "plain", or the path of a Jinja file. bos: text of the token the
+    option: "auto" (the tokenizer's own, else the plain one), "tokenizer", "plain", or the path of a Jinja file. bos: text of the token the
     tokenizer puts before plain text, "" if none; the plain template starts with it. Raises ConfigError for a file that cannot be
-    read, and for a tokenizer with several templates and no default.
+    read, for "tokenizer" where it has no template, and for a tokenizer with several templates and no default.
     """
     if option == "plain" or (option == "auto" and not tokenizer.chat_template):
         return "plain", ("{{- bos_token -}}\n" if bos else "") + PLAIN_TEMPLATE
-    if option == "auto":
+    if option == "tokenizer" and not tokenizer.chat_template:
+        raise ConfigError("data.chat_template is tokenizer, but this tokenizer has no chat template; use auto, plain, or a Jinja file")
+    if option in ("auto", "tokenizer"):
         try:
             return "tokenizer", tokenizer.get_chat_template()
         except ValueError as error:
@@ -41,7 +43,9 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, bos: str) -
     try:
         return option, Path(option).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.chat_template: {option!r} is neither auto nor plain, nor a readable Jinja file: {error}") from None
+        raise ConfigError(
+            f"data.chat_template: {option!r} is neither auto, tokenizer nor plain, nor a readable Jinja file: {error}"
+        ) from None
 
 
 def render(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from srppo.config import build, merge
+from srppo.config import build, dump, merge
 from srppo.job import align
 from srppo.lab.world import recipe, write_world
 from srppo.progress import Progress, make_progress
+from srppo.run_folder import RunFolder
 
 WHAT = """\
 A tiny language model was pretrained on texts by many authors: some answer string tasks right, some answer another task, some ramble,
@@ -33,15 +33,16 @@ def demo(
 ) -> dict[str, Any]:
     """Run the whole job in the lab world and say what is seen. Returns the summary.
 
+    The world's files are written beside the run folder, to <output>-world: a stopped run needs them again, and so does a later look.
     changes: dotted configuration keys with `__` for the dot (ppo__iterations=5), for experiments.
     """
     progress = progress or make_progress("live")
     progress.note(WHAT)
-    with tempfile.TemporaryDirectory(prefix="srppo-world-") as world:
-        values = recipe(Path(world), seed)
-        config = build(merge(values, {"output": output, "seed": seed} | {k.replace("__", "."): v for k, v in changes.items()}))
-        write_world(Path(world), seed)
-        summary = align(config, resume=resume, overwrite=overwrite, progress=progress)
+    world = Path(f"{output}-world")
+    config = build(merge(recipe(world, seed, output), {name.replace("__", "."): value for name, value in changes.items()}))
+    RunFolder.check(output, resume=resume, overwrite=overwrite, config_yaml=dump(config))
+    write_world(world, seed)
+    summary = align(config, resume=resume, overwrite=overwrite, progress=progress)
     for line in verdict(summary):
         progress.note(line)
     return summary
@@ -54,7 +55,6 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         for group, gain in summary.get("srppo_gain", {}).get(rival, {}).items():
             points, low, high = (100 * gain[k] for k in ("gain", "low", "high"))
             clear = "" if low > 0 or high < 0 else ", which chance alone could give"
-            out.append(
-                f"Families {group.replace('_', ' ')}: SRPPO {points:+.1f} points over {name} (95 % interval {low:+.1f} to {high:+.1f}{clear})."
-            )
+            families, chance = f"Families {group.replace('_', ' ')}", f"95 % interval {low:+.1f} to {high:+.1f}{clear}"
+            out.append(f"{families}: SRPPO {points:+.1f} points over {name} ({chance}).")
     return out

@@ -12,9 +12,6 @@ from __future__ import annotations
 from srppo.config import RewardConfig
 from srppo.rewards import AdaptiveKL, CoherentReward
 
-PAPER = "https://arxiv.org/abs/2510.21090"
-NEEDS = ("demonstrations", "prompts without answers")  # no preferences, no reward model, no verifier
-
 
 def coherent_reward(config: RewardConfig) -> CoherentReward:
     """The reward as the configuration states it."""

@@ -109,7 +109,7 @@ def model_card(card: str | None, role: str, source: Source, dtype: str, adapter:
     if not body.startswith("---\n"):
         library = "peft" if adapter else "transformers"
         base = [] if source.local else [f"base_model: {source.location}"]  # a hub id; a path would mean nothing elsewhere
-        body = "\n".join(["---", f"library_name: {library}", *base, "tags: [srppo]", "---", "", body])
+        body = "\n".join(["---", f"library_name: {library}", *base, "pipeline_tag: text-generation", "tags: [srppo]", "---", "", body])
     return body.rstrip() + "\n\n## Loading\n\n" + (_load_adapter(source, dtype) if adapter else _LOAD_MODEL)
 
 

@@ -57,7 +57,7 @@ def mend_gguf_ends(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
     """
     for name in ("bos_token", "eos_token"):
         token = getattr(model.config, f"{name}_id", None)
-        if isinstance(token, int) and 0 <= token < vocabulary_size(tokenizer):
+        if isinstance(token, int) and (token in _special_ids(tokenizer) or _looks_special(tokenizer, token)):
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
 
 

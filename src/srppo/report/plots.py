@@ -179,7 +179,7 @@ def _either(record: Record, stage: str, keys: tuple[str, ...]) -> tuple[list[flo
 
 def readable(group: str) -> str:
     """A group's name for people."""
-    return group.replace("_", " ")
+    return "all prompts" if group == "all" else group.replace("_", " ")
 
 
 PLOTS: dict[str, tuple[Callable[[Record], Figure | None], str]] = {

@@ -17,5 +17,10 @@ class Compute:
         """Equivalent forward token passes: forward + 3 trained."""
         return self.forward_tokens + 3 * self.trained_tokens
 
+    def add(self, other: Compute) -> None:
+        """Count another's passes too."""
+        self.forward_tokens += other.forward_tokens
+        self.trained_tokens += other.trained_tokens
+
     def to_dict(self) -> dict[str, int]:
         return {"forward_tokens": self.forward_tokens, "trained_tokens": self.trained_tokens, "passes": self.passes}

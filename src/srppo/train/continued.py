@@ -48,12 +48,11 @@ def continue_sft(
     compute: Compute,
     interrupt: Interrupt,
 ) -> ContinuedResult:
-    """Create the role `sft_continued` from `sft`, train it within the budget, and leave it at its lowest held-out loss.
+    """Train the role `sft_continued`, a copy of the SFT model, within the budget, and leave it at its lowest held-out loss.
 
     Without held-out demonstrations the whole budget is used and the last state kept. An interrupted run starts this stage again.
     """
     sft, steps = config.sft, budget_steps(examples, config.sft.batch_size, passes)
-    roles.create(ROLE, "sft")
     learner = new_learner(roles, ROLE, sft)
     run.truncate_metrics(0, ROLE)
     best_nll = heldout_nll(roles, ROLE, heldout, sft.micro_batch_size)

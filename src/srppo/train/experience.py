@@ -14,7 +14,7 @@ from srppo.masking import masked_mean, masked_sum, masked_whiten
 from srppo.models.over_rollout import over_rollout, role_logprobs, rollout_tokens
 from srppo.models.roles import Roles
 from srppo.records import Experience, Prompt, Rollout, ScoredRollout
-from srppo.rewards import CoherentReward, RewardOutput, kl_k1
+from srppo.rewards import CoherentReward, RewardOutput, kl_k1, kl_k3
 from srppo.rollout.engine import RolloutEngine, Sampling
 from srppo.seeding import permutation, stream_seed
 from srppo.train.compute import Compute
@@ -52,7 +52,7 @@ def score(roles: Roles, rollout: Rollout, config: RunConfig, compute: Compute, c
     """The frozen models' log-probabilities and the critic's values. A model that serves twice is run once."""
     rows = config.ppo.micro_batch_size
     reward_role = "reward" if roles.has("reward") else "sft"
-    needed = {reward_role, "base"} | ({config.reward.kl_anchor} - {"none"})
+    needed = {reward_role, "base", "sft"}  # the anchor is one of these
     said = {}
     for role in sorted(needed):
         check()
@@ -60,7 +60,7 @@ def score(roles: Roles, rollout: Rollout, config: RunConfig, compute: Compute, c
     check()
     values = over_rollout(roles, rollout, rows, roles.values)
     compute.forward_tokens += (len(needed) + 1) * rollout_tokens(rollout)
-    return ScoredRollout(rollout, said[reward_role], said["base"], said.get(config.reward.kl_anchor), values)
+    return ScoredRollout(rollout, said[reward_role], said["base"], said["sft"], said.get(config.reward.kl_anchor), values)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class Judged:
 
     reward: RewardOutput
     kl: Tensor  # [B, T] k1 terms to the anchor, zero without one
+    kl_sft: Tensor  # [B, T] k1 terms to the SFT model, whatever the anchor
+    kl_k3: Tensor  # [B, T] k3 terms to the SFT model
     old_logprobs: Tensor  # [B, T] the ratio's denominator
     returns: Tensor  # [B] score - beta * KL of the whole response
 
@@ -96,7 +98,8 @@ def judge(scored: ScoredRollout, reward: CoherentReward, beta: float, old_logpro
     old = scored.rollout.behaviour_logprobs if old_logprobs is None else old_logprobs
     given = reward(scored.lp_reward, scored.lp_base, mask, scored.rollout.ended)
     kl = torch.zeros_like(old) if scored.lp_anchor is None else kl_k1(old, scored.lp_anchor, mask)
-    return Judged(given, kl, old, masked_sum(given.token_rewards - beta * kl, mask, 1))
+    returns = masked_sum(given.token_rewards - beta * kl, mask, 1)
+    return Judged(given, kl, kl_k1(old, scored.lp_sft, mask), kl_k3(old, scored.lp_sft, mask), old, returns)
 
 
 def make_experience(scored: ScoredRollout, judged: Judged, beta: float, scale: ValueScale, config: RunConfig) -> Experience:
@@ -121,6 +124,8 @@ def round_metrics(judged: Judged, experience: Experience, beta: float, scale: Va
     spread_returns = masked_variance(experience.returns, mask)
     out = {
         "objective/kl": kl_sums.mean(),
+        "objective/kl_sft": masked_sum(judged.kl_sft, mask, 1).mean(),
+        "objective/kl_sft_k3": masked_sum(judged.kl_k3, mask, 1).mean(),
         "objective/scores": given.scores.mean(),
         "objective/scores_std": given.scores.std(unbiased=False),
         "objective/non_score_reward": (-beta * kl_sums).mean(),

@@ -50,17 +50,17 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def step(self, micro_losses: Iterable[Callable[[], LossOutput]], denominator: int, weight: float = 1.0) -> StepResult:
+    def step(self, micro_losses: Iterable[Callable[[], LossOutput]], denominator: int) -> StepResult:
         """One optimizer step from micro-batches.
 
         Each callable builds one micro-batch's graph and returns its loss as a SUM over tokens; every sum is divided by the one
-        global denominator, so any cut into micro-batches gives the same gradient. weight multiplies the loss.
+        global denominator, so any cut into micro-batches gives the same gradient.
         """
         total, sums = 0.0, dict[str, Tensor]()
         self.optimizer.zero_grad(set_to_none=True)
         for micro_loss in micro_losses:
             out = micro_loss()
-            (out.loss * (weight / max(denominator, 1))).backward()
+            (out.loss / max(denominator, 1)).backward()
             total += float(out.loss.detach())
             for name, value in out.metrics.items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,9 +96,11 @@ def train_ppo(
         raise Interrupted(
             f"stopped after PPO round {state.iteration} of {ppo.iterations}; the state is saved: continue with --resume"
         ) from None
-    except TrainingStopped:
+    except TrainingStopped as stop:
         _save_stopped(run, roles, state, compute)
-        raise
+        raise TrainingStopped(
+            f"{stop}. The state is in {run.path / 'checkpoints/stopped'}; --resume goes on from the last checkpoint before it"
+        ) from None
     return state
 
 
@@ -117,14 +120,14 @@ def _round(
 ) -> dict[str, float]:
     """One round. Nothing changes before the update, so a stop until then leaves the state of the round before; after, it is finished."""
     ppo, iteration = config.ppo, state.iteration + 1
-    clock = [time.perf_counter()]
-    rollout = collect(roles, engine, dealt, sampling, ppo.samples_per_prompt, config.seed, iteration, compute, lambda *_: interrupt.check())
+    clock, spent = [time.perf_counter()], Compute()  # counted when the round is finished: a stopped one is done again
+    rollout = collect(roles, engine, dealt, sampling, ppo.samples_per_prompt, config.seed, iteration, spent, lambda *_: interrupt.check())
     clock.append(time.perf_counter())
-    scored = score(roles, rollout, config, compute, interrupt.check)
+    scored = score(roles, rollout, config, spent, interrupt.check)
     old = None
     if ppo.behaviour_logprobs == "recompute":
         old = role_logprobs(roles, "policy", rollout, ppo.micro_batch_size)
-        compute.forward_tokens += rollout_tokens(rollout)
+        spent.forward_tokens += rollout_tokens(rollout)
     judged = judge(scored, reward, state.beta, old)
     scale = state.scale or ValueScale.of(judged.returns)
     experience = make_experience(scored, judged, state.beta, scale, config)
@@ -145,11 +148,12 @@ def _round(
         seed=config.seed,
         iteration=iteration,
         train_policy=train_policy,
-        compute=compute,
+        compute=spent,
         warn=progress.warn,
     )
     clock.append(time.perf_counter())
     state.iteration, state.scale = iteration, scale
+    compute.add(spent)
     state.episodes += len(rollout.prompt_ids)
     beta = state.beta
     if train_policy:
@@ -224,4 +228,6 @@ def _restore(roles: Roles, state: PPOState, compute: Compute, saved: Checkpoint)
 
 def _save_stopped(run: RunFolder, roles: Roles, state: PPOState, compute: Compute) -> None:
     """After repeated non-finite steps: keep the state for inspection beside the checkpoints, which stay the way to resume."""
-    save_checkpoint(run.path / "checkpoints" / "stopped", _checkpoint(roles, state, compute), keep=1)
+    folder = run.path / "checkpoints" / "stopped"
+    shutil.rmtree(folder, ignore_errors=True)
+    save_checkpoint(folder, _checkpoint(roles, state, compute), keep=1)

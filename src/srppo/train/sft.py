@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from srppo.config import RunConfig
+from srppo.errors import TrainingStopped
 from srppo.models.roles import Roles
 from srppo.progress import Progress, Stage
 from srppo.records import Example
@@ -62,7 +63,9 @@ def train_sft(
     checkpoints/sft/ when that holds one. Raises Interrupted after saving, TrainingStopped on repeated non-finite steps.
     """
     sft, steps = config.sft, planned_steps(examples, config.sft)
-    shares = {max(1, round(s * steps)): s for s in sorted({*sft.checkpoints_at, 1.0})}
+    shares: dict[int, list[float]] = {}  # of a short training, two may fall on one step
+    for share in sorted({*sft.checkpoints_at, 1.0}):
+        shares.setdefault(max(1, round(share * steps)), []).append(share)
     resume_folder = run.path / "checkpoints" / "sft"
     roles.create("sft", "base")
     learner = new_learner(roles, "sft", sft)
@@ -92,9 +95,10 @@ def train_sft(
             run.log({"stage": "sft", "step": step, "heldout_nll": nll})
             ticker.advance(step, heldout_loss=nll)
         if step in shares:
-            folder = f"sft_checkpoints/share-{shares[step]:g}"
-            roles.save("sft", run.path / folder)
-            found.append(SFTCheckpoint(shares[step], step, nll, folder))
+            for share in shares[step]:
+                folder = f"sft_checkpoints/share-{share:g}"
+                roles.save("sft", run.path / folder)
+                found.append(SFTCheckpoint(share, step, nll, folder))
             if step < steps:
                 save(step)
         return False
@@ -118,6 +122,9 @@ def train_sft(
             interrupt=interrupt,
             after_step=after_step,
         )
+    except TrainingStopped as stop:
+        save(done)
+        raise TrainingStopped(f"{stop}. The state of step {done} is saved in {resume_folder}") from None
     except StopRequested:
         save(done)
         raise Interrupted(f"stopped after SFT step {done} of {steps}; the state is saved: continue with --resume") from None

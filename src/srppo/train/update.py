@@ -120,10 +120,14 @@ def _minibatch(
         def build() -> LossOutput:
             batch = rollout_batch(rollout, micro, roles.special.pad_id).to(device)
             compute.trained_tokens += int(batch.attention_mask.sum())
-            logprobs = roles.score("policy", batch, train=True).logprobs
+            scores = roles.score("policy", batch, train=True, entropy=True)
+            logprobs = scores.logprobs
             if first:
                 log.first_logprobs.append((flat(rollout.behaviour_logprobs, micro).cpu(), logprobs.detach().cpu()))
-            return clipped_surrogate(logprobs, flat(experience.old_logprobs, micro), flat(experience.advantages, micro), config.clip)
+            out = clipped_surrogate(logprobs, flat(experience.old_logprobs, micro), flat(experience.advantages, micro), config.clip)
+            if scores.entropy is None:
+                return out
+            return LossOutput(out.loss, {**out.metrics, "entropy": scores.entropy.detach().sum()})
 
         return build
 
@@ -142,10 +146,12 @@ def _minibatch(
         approx_kl = step.metrics["approxkl"]
         log.values["loss/policy_avg"].append(step.loss)
         log.values["policy/approxkl_avg"].append(approx_kl)
+        log.values["policy/approxkl_k3_avg"].append(step.metrics["approxkl_k3"])
         log.values["policy/clipfrac_avg"].append(step.metrics["clipfrac"])
+        log.values["policy/entropy_avg"].append(step.metrics.get("entropy", 0.0))
         log.values["policy/grad_norm"].append(step.grad_norm)
         log.values["val/ratio"].append(step.metrics["ratio"])
-    step = critic.step((value_loss(m) for m in micros), denominator, weight=config.value_coef)
+    step = critic.step((value_loss(m) for m in micros), denominator)
     log.values["loss/value_avg"].append(step.loss)
     log.values["val/clipfrac_avg"].append(step.metrics["clipfrac"])
     log.values["critic/grad_norm"].append(step.grad_norm)
