@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,3 +93,13 @@ def test_beta_follows_its_target_only_where_asked() -> None:
     assert next_beta(aimed, 0.7, 100.0, 64) == pytest.approx(0.7 * (1 + 0.2 * 0.1))
     assert next_beta(aimed, 0.7, 1.9, 64) == pytest.approx(0.7 * (1 - 0.05 * 0.1))
     assert first_beta(build({"reward": {"kl_anchor": "none"}}).reward) == 0.0
+
+
+def test_group_baseline_compares_a_prompts_samples() -> None:
+    config = build({"reward": {"kl_anchor": "none"}, "ppo": {"baseline": "group", "samples_per_prompt": 2, "whiten_advantages": False}})
+    record = scored()
+    record = replace(record, rollout=replace(record.rollout, prompt_index=[0, 0]))
+    judged = judge(record, coherent_reward(config.reward), 0.0)
+    experience = make_experience(record, judged, 0.0, ValueScale(), config)
+    high, low = 3.0, 0.5 - 1.0  # whole returns: 2 + .5 + .5, and 1 - .5 - 1 (the default penalty without EOS)
+    assert experience.advantages.tolist() == [pytest.approx([high - low] * 3), pytest.approx([low - high] * 2 + [0.0])]

@@ -347,3 +347,18 @@ def test_frozen_roles_in_lower_precision(tmp_path: Path) -> None:
     if continued["kept_step"] == 0:  # nothing better was found: it must be the SFT model, unrounded
         one, other = weights(Path(config.output) / "sft"), weights(Path(config.output) / "sft_continued")
         assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_critic_free_runs_resume_exactly_and_write_no_critic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = (tiny_job(tmp_path, output=str(tmp_path / name), ppo__baseline="group") for name in ("whole", "broken"))
+    run(whole)
+    monkeypatch.setattr("srppo.workspace.Interrupt", lambda: StopAt(25))
+    with pytest.raises(Interrupted):
+        run(broken)
+    monkeypatch.setattr("srppo.workspace.Interrupt", Interrupt)
+    run(broken, resume=True)
+    one, other = (weights(tmp_path / name / "policy") for name in ("whole", "broken"))
+    assert all(torch.equal(one[n], other[n]) for n in one)
+    assert not (tmp_path / "whole/critic").exists() and "loss/value_avg" not in metrics(whole.output)[-1]
+    with pytest.raises(ConfigError, match="samples_per_prompt"):
+        tiny_job(tmp_path, ppo__baseline="group", ppo__samples_per_prompt=1)

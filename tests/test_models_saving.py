@@ -117,6 +117,7 @@ def test_bfloat16_models_stay_bfloat16(places: dict[str, str], tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_critic_can_be_rebuilt_from_its_folder(places: dict[str, str], tmp_path: Path, kind: str) -> None:
+    places = places | {"qwen3": save_tiny(tmp_path / "qwen3", "qwen3", attention_dropout=0.1)}
     roles = moved(places["qwen3"], kind)
     roles.create_critic("policy")
     with torch.no_grad():
@@ -125,6 +126,7 @@ def test_the_critic_can_be_rebuilt_from_its_folder(places: dict[str, str], tmp_p
     roles.save_critic(tmp_path / "critic")
     head = load_file(tmp_path / "critic/value_head.safetensors")
     if kind == "full":
+        assert json.loads((tmp_path / "critic/config.json").read_text())["attention_dropout"] == 0.1
         trunk = AutoModel.from_pretrained(tmp_path / "critic")
     else:
         whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(places["qwen3"]), tmp_path / "critic")

@@ -238,7 +238,7 @@ def test_noise_is_called_noise(run: Path) -> None:
     ("change", "expected"),
     [
         ({"summary": {"srppo": {GROUPS[0]: {"eos_rate": 0.5}}}}, "SRPPO ends only 50 % of its answers on with demonstrations"),
-        ({"summary": {"srppo": {GROUPS[0]: {"n": 12}}}}, "with demonstrations has only 12 evaluation prompts"),
+        ({"summary": {"srppo": {GROUPS[0]: {"n": 12}}}}, "with demonstrations: only 12 evaluation prompts"),
         ({"summary": {"warnings": ["mind the gap"]}}, "mind the gap"),
         ({"metrics": {"policy/skipped_steps": 3.0}}, "3 steps skipped for a NaN or infinite loss"),
         ({"metrics": {"completions/clipped_ratio": 0.4}}, "40 % of the last rollouts were cut at 256 tokens"),

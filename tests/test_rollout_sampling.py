@@ -21,7 +21,7 @@ def test_top_k_is_hugging_faces(k: int) -> None:
     assert torch.equal(top_k_filter(scores, k), TopKLogitsWarper(k)(None, scores))
 
 
-@pytest.mark.parametrize("p", [1e-6, 0.3, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("p", [1e-9, 1e-6, 0.3, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("scale", [0.01, 3.0])
 def test_top_p_is_hugging_faces(p: float, scale: float) -> None:
     scores = logits(6, 1000, scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import click
 from srppo import __version__
 from srppo.errors import ConfigError, SrppoError
 from srppo.flags import RunCommand, parse_overrides
+from srppo.text import clean
 
 if TYPE_CHECKING:
     from srppo.config import RunConfig
@@ -31,7 +34,7 @@ class Commands(click.Group):
         except SrppoError as error:
             if ctx.meta.get("debug"):
                 raise
-            click.echo(f"srppo: {error}", err=True)
+            click.echo(f"srppo: {clean(str(error))}", err=True)  # it may quote data, and what a user's scorer said
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("\n" + after_interrupt(ctx.meta.get("output")), err=True)
@@ -288,4 +291,14 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without β must not end a run
-    cli(prog_name="srppo")
+    try:
+        try:
+            cli(prog_name="srppo")
+        finally:
+            sys.stdout.flush()  # here, where its failure can be told
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None or "--debug" in sys.argv:
+            raise
+        sys.stderr.write(f"srppo: the output cannot be written: {error.strerror}\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what it still holds must not fail again at the end
+        sys.exit(2)

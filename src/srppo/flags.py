@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import types
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
 
 from srppo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 SECTION_MARK = "__"  # stands for the dot in parameter names, which must be identifiers
 
@@ -21,6 +24,7 @@ class Leaf:
     section: str  # "" at the top level
     name: str
     kind: str  # what may be given, for people: "full | lora", "number", …
+    types: frozenset[type]  # what the value may be: {str, float} where kind is "sft | number"
     default: Any
     doc: str
 
@@ -35,16 +39,18 @@ def leaves() -> tuple[Leaf, ...]:
     from pydantic import BaseModel
 
     from srppo.config import RunConfig
+    from srppo.sections import members
+
+    def leaf(section: str, name: str, field: FieldInfo) -> Leaf:
+        kind, types = _kind(field.annotation), frozenset(members(field.annotation))
+        return Leaf(section, name, kind, types, field.get_default(call_default_factory=True), _one_line(field.description))
 
     top, inner = [], []
     for name, info in RunConfig.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            for leaf, field in info.annotation.model_fields.items():
-                inner.append(
-                    Leaf(name, leaf, _kind(field.annotation), field.get_default(call_default_factory=True), _one_line(field.description))
-                )
+            inner += [leaf(name, key, field) for key, field in info.annotation.model_fields.items()]
         else:
-            top.append(Leaf("", name, _kind(info.annotation), info.get_default(call_default_factory=True), _one_line(info.description)))
+            top.append(leaf("", name, info))
     return (*top, *inner)
 
 
@@ -68,26 +74,34 @@ def _kind(annotation: Any) -> str:
 
 
 def parse_overrides(given: dict[str, str | None]) -> dict[str, Any]:
-    """{"ppo__clip": "1e-1", "seed": None} as {"ppo.clip": 0.1}: flags not given are left out, values read as in a recipe.
+    """{"ppo__clip": "1e-1", "seed": None} as {"ppo.clip": 0.1}: flags not given are left out.
 
-    Raises ConfigError for a value that is not YAML.
+    Numbers, booleans, lists and mappings are read as in a recipe; text is taken as it is, since YAML would see comments, dates
+    and mappings in it. Raises ConfigError for a list or mapping that is not YAML.
     """
+    types = {leaf.key: leaf.types for leaf in leaves()}
+    keys = {name.replace(SECTION_MARK, "."): text for name, text in given.items() if text is not None}
+    return {key: _read(key, text, types[key]) for key, text in keys.items()}
+
+
+def _read(key: str, text: str, types: frozenset[type]) -> Any:
+    """A flag's value. types: what its key takes."""
     import yaml
 
     from srppo.config import parse_yaml
 
-    out = {}
-    for name, text in given.items():
-        if text is None:
-            continue
-        key = name.replace(SECTION_MARK, ".")
-        try:
-            out[key] = parse_yaml(text) if text else ""
-        except yaml.YAMLError:
-            if text[0] in "[{":
-                raise ConfigError(f"--{key}: {text!r} is not valid YAML; lists are written '[a, b]', mappings '{{a: b}}'") from None
-            out[key] = text  # a prompt or path with a colon or quote in it
-    return out
+    if text == "null" and type(None) in types:
+        return None
+    if types <= {str, type(None)} or not text:
+        return text
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:
+        if text[0] in "[{":
+            raise ConfigError(f"--{key}: {text!r} is not valid YAML; lists are written '[a, b]', mappings '{{a: b}}'") from None
+        return text
+    fits = isinstance(value, tuple(types)) or (float in types and isinstance(value, int))
+    return text if str in types and not fits else value
 
 
 @functools.cache
@@ -123,7 +137,8 @@ class RunCommand(click.Command):
 
         name = option_name(flag.lstrip("-"))
         own = [o.lstrip("-") for p in super().get_params(ctx) for o in p.opts if o.startswith("--")]
-        near = next(iter(difflib.get_close_matches(name, own, n=1, cutoff=0.75)), None) or nearest_key(name)
+        near = next(iter(difflib.get_close_matches(name, own, n=1, cutoff=0.75)), None)
+        near = near or nearest_key(name, [leaf.key for leaf in leaves()])  # a section is no flag
         return f"unknown flag {flag}" + (f"; did you mean --{near}?" if near else "") + f" (`srppo {self.name} --help` lists them all)"
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -110,8 +110,8 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
         evaluate=evaluate_now if during else lambda _: {},
     )
     roles.save("policy", run.path / "policy", card=model_card(config, "policy"))
-    roles.save_critic(run.path / "critic")
-    if state.scale is not None:
+    if roles.has_critic and state.scale is not None:
+        roles.save_critic(run.path / "critic")
         run.write_json("critic/value_scale.json", {"mean": state.scale.mean, "std": state.scale.std})
     return finish(
         space,
@@ -120,7 +120,7 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
             "iterations": state.iteration,
             "episodes": state.episodes,
             "final_beta": state.beta,
-            "skipped_steps": state.policy.total_skips + state.critic.total_skips,
+            "skipped_steps": sum(learner.total_skips for learner in state.learners),
             "compute": compute.to_dict(),
             "seconds": time.monotonic() - started,
         },

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from srppo.errors import ModelError
+from srppo.models.load import remember_config_values
 from srppo.models.modes import set_mode, undisturbed
 from srppo.models.plan import plan, share_plan
 from srppo.models.saving import save_model
@@ -46,6 +47,7 @@ class FullRoles:
         trunk = copy.deepcopy(model.get_decoder())  # no copy of the LM head, except where it is tied to the embedding
         cast_parameters(trunk, self._dtype)
         trunk.config._name_or_path = model.name_or_path
+        remember_config_values(trunk, model)
         self._add(_HEADLESS, trunk, source)
 
     def load(self, role: str, place: str) -> None:

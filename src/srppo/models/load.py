@@ -176,6 +176,11 @@ def silence_noise(model: PreTrainedModel) -> None:
     model._srppo_config = kept  # type: ignore[assignment]
 
 
+def remember_config_values(part: PreTrainedModel, whole: PreTrainedModel) -> None:
+    """Let a part taken out of a model save the whole's original config values too."""
+    part._srppo_config = getattr(whole, "_srppo_config", {})  # type: ignore[assignment]
+
+
 def restored_config_values(model: PreTrainedModel) -> list[tuple[Any, str, float]]:
     """(config, key, value) of what silence_noise zeroed, for the saved config.json to be the original's."""
     kept = getattr(model, "_srppo_config", {})

@@ -65,11 +65,10 @@ class LoraRoles:
             if result.unexpected_keys or missing:
                 odd = (list(result.unexpected_keys) + missing)[0]
                 raise ModelError(f"{place}: this adapter was made for another model than {self._source} ({odd} does not match)")
-        except RuntimeError as error:
+        except Exception as error:
             self.drop(role)
-            raise ModelError(f"{place}: this adapter does not fit {self._source}: {' '.join(str(error).split())[:300]}") from None
-        except ModelError:
-            self.drop(role)
+            if isinstance(error, RuntimeError):  # PyTorch's, for shapes that differ
+                raise ModelError(f"{place}: this adapter does not fit {self._source}: {' '.join(str(error).split())[:300]}") from None
             raise
 
     def _new_config(self) -> LoraConfig:

@@ -36,7 +36,7 @@ def plan(model: PreTrainedModel) -> Plan:
     """The model's plan, made at the first call. Raises ModelError for a model that is not causal or has no trunk."""
     if model not in _PLANS:
         modules = list(model.modules())
-        with torch.no_grad(), undisturbed(modules):
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False), undisturbed(modules):
             set_mode(modules, False)
             _PLANS[model] = _probe(model)
     return _PLANS[model]

@@ -119,7 +119,7 @@ def _endings(record: Record) -> list[str]:
 
 def _small_groups(record: Record) -> list[str]:
     sizes = {g: r["n"] for s in record.stages for g, r in record.results(s).items() if r.get("n")}
-    return [f"{readable(g)} has only {n} evaluation prompts: its figures are rough" for g, n in sizes.items() if n < 30]
+    return [f"{readable(g)}: only {n} evaluation prompts, so the figures are rough" for g, n in sizes.items() if n < 30]
 
 
 def _sampling(record: Record) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srppo.advantages import generalized_advantages
+from srppo.advantages import generalized_advantages, group_baseline, reward_to_go
 from srppo.config import RunConfig
 from srppo.masking import masked_mean, masked_sum, masked_whiten
 from srppo.models.over_rollout import over_rollout, role_logprobs, rollout_tokens
@@ -58,8 +58,8 @@ def score(roles: Roles, rollout: Rollout, config: RunConfig, compute: Compute, c
         check()
         said[role] = role_logprobs(roles, role, rollout, rows)
     check()
-    values = over_rollout(roles, rollout, rows, roles.values)
-    compute.forward_tokens += (len(needed) + 1) * rollout_tokens(rollout)
+    values = over_rollout(roles, rollout, rows, roles.values) if roles.has_critic else torch.zeros(rollout.mask.shape)
+    compute.forward_tokens += (len(needed) + roles.has_critic) * rollout_tokens(rollout)
     return ScoredRollout(rollout, said[reward_role], said["base"], said["sft"], said.get(config.reward.kl_anchor), values)
 
 
@@ -103,11 +103,20 @@ def judge(scored: ScoredRollout, reward: CoherentReward, beta: float, old_logpro
 
 
 def make_experience(scored: ScoredRollout, judged: Judged, beta: float, scale: ValueScale, config: RunConfig) -> Experience:
-    """KL penalty subtracted token by token (k1), advantages by GAE and whitened; old_values and returns in the critic's units."""
+    """KL penalty subtracted token by token (k1), advantages whitened; old_values and returns in the critic's units.
+
+    ppo.baseline "critic": advantages by GAE. "group": reward-to-go minus the mean whole return of the prompt's other samples
+    (RLOO, Ahmadian et al. 2024, arXiv 2402.14740), lambda and the critic play no part.
+    """
     rollout, ppo, mask = scored.rollout, config.ppo, scored.rollout.mask
     values = torch.where(mask, scale.mean + scale.std * scored.values, 0.0)
     rewards = judged.reward.token_rewards - beta * judged.kl
-    advantages, returns = generalized_advantages(rewards, values, mask, ppo.gamma, ppo.gae_lambda)
+    if ppo.baseline == "group":
+        others = group_baseline(judged.returns, rollout.prompt_index, leave_one_out=True)
+        returns = reward_to_go(rewards, mask, ppo.gamma)
+        advantages = torch.where(mask, returns - others[:, None], 0.0)
+    else:
+        advantages, returns = generalized_advantages(rewards, values, mask, ppo.gamma, ppo.gae_lambda)
     if ppo.whiten_advantages:
         advantages = masked_whiten(advantages, mask & judged.reward.keep[:, None])
     targets = torch.where(mask, (returns - scale.mean) / scale.std, 0.0)

@@ -33,11 +33,15 @@ class PPOState:
     """What changes over the rounds beside the weights."""
 
     policy: Learner
-    critic: Learner
+    critic: Learner | None  # None with baseline group
     beta: float  # KL coefficient of the next round
     iteration: int = 0  # finished rounds
     episodes: int = 0
     scale: ValueScale | None = None  # the critic's units, from the first round
+
+    @property
+    def learners(self) -> list[Learner]:
+        return [self.policy, self.critic] if self.critic else [self.policy]
 
 
 def train_ppo(
@@ -62,11 +66,13 @@ def train_ppo(
     ppo = config.ppo
     folder = run.path / "checkpoints" / "ppo"
     roles.create("policy", "sft")
-    roles.create_critic("sft")
+    learned = ppo.baseline == "critic"
+    if learned:
+        roles.create_critic("sft")
     roles.freeze("sft")  # after the copies were taken from its full precision
     state = PPOState(
         Learner(roles.parameters("policy"), ppo.learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon),
-        Learner(roles.critic_parameters(), ppo.critic_learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon),
+        Learner(roles.critic_parameters(), ppo.critic_learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon) if learned else None,
         first_beta(config.reward),
     )
     if saved_steps(folder):
@@ -137,8 +143,9 @@ def _round(
     lr = scheduled_lr(ppo.lr_schedule, state.iteration, ppo.iterations, ppo.learning_rate)
     critic_lr = scheduled_lr(ppo.lr_schedule, state.iteration, ppo.iterations, ppo.critic_learning_rate)
     state.policy.set_lr(lr)
-    state.critic.set_lr(critic_lr)
-    train_policy = iteration > ppo.critic_warmup
+    if state.critic:
+        state.critic.set_lr(critic_lr)
+    train_policy = state.critic is None or iteration > ppo.critic_warmup
     metrics |= update(
         roles,
         experience,
@@ -163,7 +170,7 @@ def _round(
     return metrics | {
         "objective/beta": beta,
         "lr": lr if train_policy else 0.0,
-        "critic/lr": critic_lr,
+        **({"critic/lr": critic_lr} if state.critic else {}),
         "episode": float(state.episodes),
         "compute/passes": float(compute.passes),
         "tokens_per_second": float(rollout.mask.sum()) / max(sum(seconds.values()), 1e-9),
@@ -196,33 +203,31 @@ def _samples(dealt: Sequence[Prompt], judged: Judged, rollout: Rollout, decode: 
 
 
 def _checkpoint(roles: Roles, state: PPOState, compute: Compute) -> Checkpoint:
-    tensors = {
-        "policy": roles.state("policy"),
-        "critic": roles.critic_state(),
-        "policy-optimizer": state.policy.state(),
-        "critic-optimizer": state.critic.state(),
-    }
+    tensors = {"policy": roles.state("policy"), "policy-optimizer": state.policy.state()}
+    if state.critic:
+        tensors |= {"critic": roles.critic_state(), "critic-optimizer": state.critic.state()}
     content = {
         "episodes": state.episodes,
         "beta": state.beta,
         "value_scale": None if state.scale is None else [state.scale.mean, state.scale.std],
         "forward_tokens": compute.forward_tokens,
         "trained_tokens": compute.trained_tokens,
-        "skips": [[s.consecutive_skips, s.total_skips] for s in (state.policy, state.critic)],
+        "skips": [[s.consecutive_skips, s.total_skips] for s in state.learners],
     }
     return Checkpoint(state.iteration, tensors, content)
 
 
 def _restore(roles: Roles, state: PPOState, compute: Compute, saved: Checkpoint) -> None:
     roles.load_state("policy", saved.tensors["policy"])
-    roles.load_critic_state(saved.tensors["critic"])
     state.policy.load_state(saved.tensors["policy-optimizer"])
-    state.critic.load_state(saved.tensors["critic-optimizer"])
+    if state.critic:
+        roles.load_critic_state(saved.tensors["critic"])
+        state.critic.load_state(saved.tensors["critic-optimizer"])
     state.iteration, state.episodes = saved.step, saved.state["episodes"]
     state.beta = saved.state["beta"]
     state.scale = ValueScale(*saved.state["value_scale"]) if saved.state["value_scale"] else None
     compute.forward_tokens, compute.trained_tokens = saved.state["forward_tokens"], saved.state["trained_tokens"]
-    for learner, (consecutive, total) in zip((state.policy, state.critic), saved.state["skips"]):
+    for learner, (consecutive, total) in zip(state.learners, saved.state["skips"], strict=True):
         learner.consecutive_skips, learner.total_skips = consecutive, total
 
 

@@ -45,7 +45,7 @@ def update(
     roles: Roles,
     experience: Experience,
     policy: Learner,
-    critic: Learner,
+    critic: Learner | None,
     config: PPOConfig,
     *,
     seed: int,
@@ -58,7 +58,8 @@ def update(
     """Move policy and critic on one round's experience. Returns metrics under TRL's names.
 
     The advantages, returns and old values are those of the rollout policy throughout. Rows left out (keep False) take no part.
-    train_policy False trains the critic only (its warm-up). Raises TrainingStopped after max_skipped_steps non-finite steps in a row.
+    critic None: there is none to train. train_policy False trains the critic only (its warm-up).
+    Raises TrainingStopped after max_skipped_steps non-finite steps in a row.
     """
     rollout = experience.rollout
     rows = torch.nonzero(experience.keep & (rollout.lengths > 0)).flatten().tolist()
@@ -73,7 +74,7 @@ def update(
             epoch_kl.append(kl)
             done += 1
             on_step(done, total)
-            worst = max(policy.consecutive_skips, critic.consecutive_skips)
+            worst = max(policy.consecutive_skips, critic.consecutive_skips if critic else 0)
             if worst:
                 warn(f"iteration {iteration}, step {done}: NaN or infinite loss or gradient: step skipped ({worst} in a row)")
             if worst >= config.max_skipped_steps:
@@ -87,7 +88,9 @@ def update(
     out = log.means() | {"policy/steps": float(done if train_policy else 0), "policy/kl_stopped": float(log.stopped_early)}
     if log.values["val/ratio"]:
         out["val/ratio_var"] = statistics.pvariance(log.values["val/ratio"])
-    out |= {"policy/skipped_steps": float(policy.total_skips), "critic/skipped_steps": float(critic.total_skips)}
+    out["policy/skipped_steps"] = float(policy.total_skips)
+    if critic:
+        out["critic/skipped_steps"] = float(critic.total_skips)
     if log.first_logprobs:
         behaviour, trainer = (torch.cat(side) for side in zip(*log.first_logprobs))
         out |= {f"rollout/{k}": v for k, v in mismatch(behaviour, trainer, torch.ones_like(trainer, dtype=torch.bool)).items()}
@@ -99,7 +102,7 @@ def _minibatch(
     experience: Experience,
     minibatch: list[int],
     policy: Learner,
-    critic: Learner,
+    critic: Learner | None,
     config: PPOConfig,
     train_policy: bool,
     first: bool,
@@ -151,6 +154,8 @@ def _minibatch(
         log.values["policy/entropy_avg"].append(step.metrics.get("entropy", 0.0))
         log.values["policy/grad_norm"].append(step.grad_norm)
         log.values["val/ratio"].append(step.metrics["ratio"])
+    if critic is None:
+        return approx_kl
     step = critic.step((value_loss(m) for m in micros), denominator)
     log.values["loss/value_avg"].append(step.loss)
     log.values["val/clipfrac_avg"].append(step.metrics["clipfrac"])
