@@ -260,6 +260,12 @@ def test_the_templates_own_refusals_are_told() -> None:
         ChatFormat(tokenizer, [1]).render_prompt([ASK])
 
 
+def test_a_template_that_fails_is_named() -> None:
+    with pytest.raises(ConfigError, match="the chat template is broken: TypeError: can only concatenate") as caught:
+        ChatFormat(tiny.chatml("{{ messages[0].content + 1 }}"), [1]).render_prompt([ASK])
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
 def test_template_files(tmp_path: Path) -> None:
     path = tmp_path / "my.jinja"
     path.write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}", encoding="utf-8")
@@ -268,7 +274,7 @@ def test_template_files(tmp_path: Path) -> None:
     path.write_text("{% for m in messages %}\n{{ m.content }", encoding="utf-8")
     with pytest.raises(ConfigError, match="not valid Jinja, line 2"):
         ChatFormat(tokenizer, [1], chat_template=str(path)).render_prompt([HELLO])
-    with pytest.raises(ConfigError, match="neither auto nor plain"):
+    with pytest.raises(ConfigError, match="neither auto, tokenizer nor plain"):
         ChatFormat(tokenizer, [1], chat_template=str(tmp_path / "none.jinja"))
     with pytest.raises(ConfigError, match="names an end-of-sequence token"):
         ChatFormat(tokenizer, [])

@@ -126,6 +126,24 @@ def test_flag_values_are_read_as_yaml(text: str, value: Any) -> None:
     assert parse_overrides({"ppo__clip": text, "seed": None}) == {"ppo.clip": value}
 
 
+@pytest.mark.parametrize("text", ["Be brief # please", "2026-11-21", "Answer briefly: yes", "no", "1e-5", "", "[a", "~", "'quoted'"])
+def test_text_flags_are_taken_as_they_are(text: str) -> None:
+    for key in ("output", "data__system_prompt", "model__name"):
+        assert parse_overrides({key: text}) == {key.replace("__", "."): text}
+
+
+def test_text_flags_beside_other_kinds() -> None:
+    given = {
+        "data__system_prompt": "null",
+        "output": "null",
+        "model__autocast": "none",
+        "reward__checkpoint": "0.5",
+        "tuning__lora_targets": "[a]",
+    }
+    assert list(parse_overrides(given).values()) == [None, "null", "none", 0.5, ["a"]]
+    assert parse_overrides({"reward__checkpoint": "2026-11-21"}) == {"reward.checkpoint": "2026-11-21"}  # a folder, no date
+
+
 # --- wrong use
 
 
@@ -133,6 +151,7 @@ def test_flag_values_are_read_as_yaml(text: str, value: Any) -> None:
     ("arguments", "expected"),
     [
         (["align", "--ppo.lerning-rate", "1"], "unknown flag --ppo.lerning_rate; did you mean --ppo.learning_rate?"),
+        (["align", "--model", "m"], "unknown flag --model; did you mean --model.name?"),
         (["align", "--kl_coef", "1"], "did you mean --reward.kl_coef?"),
         (["align", "--resum"], "unknown flag --resum; did you mean --resume?"),
         (["align", "--ppo.clip", "-1"], "the flags: ppo.clip: input should be greater than 0, got -1"),
@@ -233,14 +252,38 @@ def test_exit_code_and_stderr_of_a_real_process(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_full_disk_behind_stdout() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "srppo", "config"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "srppo: the output cannot be written: No space left on device\n")
+
+
+def test_errors_cannot_move_the_cursor(calls: list[Any], recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise DataError("found the key \x1b[2J\x1b]0;title\x07prompt")
+
+    monkeypatch.setattr(job, "align", fails)
+    assert call("align", recipe).stderr == "srppo: found the key prompt\n"
+
+
 def test_closed_pipe_is_no_traceback() -> None:
     done = subprocess.run(f"{sys.executable} -m srppo config | head -1", shell=True, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("# Every key") and done.stderr == ""
 
 
-def test_terminal_without_unicode() -> None:
-    done = shell("config", env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"})
-    assert done.returncode == 0 and yaml.safe_load(done.stdout)["ppo"]["clip"] == 0.2
+def test_terminal_without_unicode(recipe: str) -> None:
+    """A β that the terminal has no letter for must not end a run."""
+    code = f"""
+        import sys, types
+        sys.modules["srppo.job"] = types.SimpleNamespace(align=lambda *a, progress, **k: progress.note(chr(0x3B2) + " is 1"))
+        sys.argv = ["srppo", "align", {recipe!r}]
+        from srppo.cli import main
+        main()
+    """
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "? is 1\n", "")
 
 
 # --- the other commands
@@ -344,6 +387,7 @@ def test_generate_many(model: Path, tmp_path: Path) -> None:
         (["{model}", "--prompts", "{tmp}/none.txt"], "none.txt: cannot be read"),
         (["{model}", "--prompts", "{tmp}/empty.txt"], "holds no prompt"),
         (["{model}", "--prompts", "{tmp}/latin.txt"], "not UTF-8"),
+        (["{model}", "--prompt", "caf\udce9"], "prompt 1: 'caf\\udce9' holds bytes that are not UTF-8"),
         (["{model}", "--prompt", "a", "--base", "x"], "a whole model, not an adapter; leave --base out"),
         (["{run}", "--prompt", "a"], "this run holds no model yet"),
     ],

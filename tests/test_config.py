@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -66,6 +66,13 @@ def test_text_that_looks_like_a_number_stays_text(text: str) -> None:
 def test_heldout_keeps_the_kind_it_is_given() -> None:
     assert type(build({"data": {"heldout": 16}}).data.heldout) is int
     assert type(build({"data": {"heldout": 0.25}}).data.heldout) is float
+    assert type(build({"data": {"heldout": 16.0}}).data.heldout) is int
+
+
+def test_shares_in_quotes_are_shares() -> None:
+    config = build({"sft": {"keep": "0.5"}, "reward": {"checkpoint": "0.25"}})
+    assert (config.sft.keep, config.reward.checkpoint) == (0.5, 0.25)
+    assert build({"reward": {"checkpoint": "runs/nan"}}).reward.checkpoint == "runs/nan"
 
 
 @pytest.mark.parametrize("text", ["ppo:\nsft: {}\n", "ppo: ~\n", "ppo:\n  # clip: 0.1\n"])
@@ -111,7 +118,16 @@ def test_config_cannot_be_changed_in_place() -> None:
         ({"ppo": {"prompts_per_iteration": 2, "minibatches": 4}}, "a round has only 2 rollouts"),
         ({"data": {"max_prompt_tokens": 100, "max_tokens": 100}}, "leaves no room for a response"),
         ({"model": {"trust_remote_code": "perhaps"}}, "model.trust_remote_code: input should be a valid boolean"),
-        ({3: 4}, "Keys should be strings"),
+        ({3: 4}, "the key 3 is not text"),
+        ({"ppo": {True: 4}}, "the key ppo.true is not text"),
+        ({"sft": {"epochs": float("inf")}}, "sft.epochs: input should be a finite number, got inf"),
+        ({"reward": {"checkpoint": float("nan")}}, "reward.checkpoint: input should be 'sft' or a finite number"),
+        ({"ppo": {"iterations": True}}, "ppo.iterations: input should be a number, not true or false, got True"),
+        ({"sft": {"checkpoints_at": [0.5, True]}}, "sft.checkpoints_at: input should be a number, not true or false"),
+        ({"data": {"system_prompt": "a\0b"}}, "data.system_prompt: input should be text, without NUL characters"),
+        ({"data": {"columns": {"prompt": "a\udc80"}}}, "data.columns: input should be text, without NUL characters"),
+        ({"output": "a\udc80"}, "output: input should be text, without NUL characters and undecodable bytes, got 'a\\udc80'"),
+        ({"data": {"heldout": 1.5}}, "data.heldout: input should be a share below 1 or a whole number of demonstrations, got 1.5"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, Any], expected: str) -> None:
@@ -126,6 +142,7 @@ def test_several_mistakes_are_told_at_once_a_line_each() -> None:
     assert [line.split(":")[0].strip() for line in lines[1:3]] == ["sft.keep", "ppo.clip"]
 
 
+@settings(deadline=None)
 @given(st.sampled_from([k for k in valid_keys() if "." in k and len(k.split(".")[1]) > 4]), st.data())
 def test_one_slip_of_the_finger_finds_the_key(key: str, data: st.DataObject) -> None:
     """A letter dropped from a key's name brings back that key, or one with the same name."""
@@ -145,7 +162,10 @@ def test_one_slip_of_the_finger_finds_the_key(key: str, data: st.DataObject) -> 
         ("ppo: {clip: 0.1\nsft: {}\n", r"r\.yaml, line 2: not valid YAML"),
         ("ppo:\n\tclip: 1\n", r"r\.yaml, line 2: not valid YAML"),
         ("- a\n- b\n", r"a recipe is a YAML mapping of sections, found list"),
-        ("", r"a recipe is a YAML mapping of sections, found NoneType"),
+        ("", r"the recipe is empty: give it keys"),
+        ("# ppo:\n#   clip: 0.1\n", r"the recipe is empty: give it keys"),
+        ("seed: 2026-13-45\n", r"not valid YAML: ValueError: month must be in 1\.\.12"),
+        ("seed: " + "[" * 5000, r"not valid YAML: RecursionError"),
         ("!!python/object/apply:os.system ['true']\n", r"not valid YAML"),
         (b"\xff\xfe\x00", r"cannot be read as UTF-8 text"),
     ],

@@ -148,6 +148,12 @@ GOOD = '{"prompt": "a"}\n'
         ("a.csv", 'prompt,completion\na,"b\n', 2, "broken CSV"),
         ("a.parquet", "nonsense", None, "not a readable parquet file"),
         ("a.arrow", "nonsense", None, "not a readable arrow file"),
+        ("a.jsonl", GOOD + '{"prompt": ' + "9" * 5000 + "}\n", 2, "an integer of more than 4300 digits"),
+        ("a.jsonl", '{"prompt": ' + "[" * 100_000, 1, "nested too deeply"),
+        ("a.json", '[{"prompt": "a"},\n{"prompt": ' + "9" * 5000 + "}]", 2, "an integer of more than 4300 digits"),
+        ("a.json", '[{"prompt": "a"},\n{"prompt": ' + "[" * 100_000, 2, "nested too deeply"),
+        ("a.json", '\n{"data": ' + "9" * 5000 + "}", 2, "an integer of more than 4300 digits"),
+        ("a.json", '{"data": ' + "[" * 100_000, 1, "nested too deeply"),
         ("a.xlsx", "nonsense", None, "unknown kind of file '.xlsx'; known are .jsonl"),
     ],
 )
@@ -169,6 +175,13 @@ def test_missing_files_and_the_nearest_name(tmp_path: Path) -> None:
         read_rows(str(tmp_path / "q"))
     with pytest.raises(DataError, match=r"the folder .*dta does not exist"):
         read_rows(str(tmp_path / "dta" / "deeper" / "x.jsonl"))
+
+
+def test_names_that_the_system_refuses() -> None:
+    with pytest.raises(DataError, match=r"~srppo-nobody/x: no such folder"):
+        read_rows("~srppo-nobody/x")
+    with pytest.raises(DataError, match=r"x\.jsonl: cannot be read: File name too long"):
+        read_rows("x" * 5000 + ".jsonl")
 
 
 def test_a_slip_below_a_local_folder_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

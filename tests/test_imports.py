@@ -30,6 +30,7 @@ LAYERS = {
     "environment": 2,
     "threads": 2,
     "progress": 2,
+    "run_config": 2,
     "run_folder": 2,
     "scoring": 2,
     "card": 2,
@@ -153,7 +154,7 @@ def test_report_reads_run_folders_and_knows_no_trainer(module: str) -> None:
     assert {n.split(".")[0] for n in own(imported(MODULES[module]))} <= allowed
 
 
-@pytest.mark.parametrize("module", ["config", "sections", "errors", "cli", "flags", "run_folder", "progress"])
+@pytest.mark.parametrize("module", ["config", "sections", "errors", "cli", "flags", "run_config", "run_folder", "progress"])
 def test_no_torch_by_name_in_light_modules(module: str) -> None:
     heavy = {"torch", "transformers", "peft", "datasets", "matplotlib"}
     assert not heavy & {n.split(".")[0] for n in imported(MODULES[module], at_import_only=True)}

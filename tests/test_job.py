@@ -305,6 +305,20 @@ def test_another_model_is_evaluated_by_a_recipe(tmp_path: Path) -> None:
     assert again["sft"] == first["srppo"]
 
 
+def test_a_run_of_another_version_is_evaluated_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_job(tmp_path)
+    before = srppo.run_sft(config, progress=make_progress("quiet"))
+    path = Path(config.output) / "config.yaml"
+    path.write_text(path.read_text().replace("ppo:\n", "ppo:\n  value_coef: 0.1\n", 1))
+    after = srppo.run_evaluate(config.output, progress=make_progress("quiet"))
+    assert after["sft"] == before["sft"] and "are ignored: ppo.value_coef" in capsys.readouterr().err
+
+
+def test_a_round_without_an_ended_rollout_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny_job(tmp_path, rollout__max_new_tokens=1, reward__missing_eos="exclude", ppo__iterations=1, evaluation__continued_sft=False))
+    assert "iteration 1: every rollout was cut at the length limit and left out" in capsys.readouterr().err
+
+
 def test_a_finished_sft_model_can_be_the_start(tmp_path: Path) -> None:
     run(tiny_job(tmp_path, output=str(tmp_path / "first")))
     config = tiny_job(tmp_path, output=str(tmp_path / "second"), sft__checkpoint=str(tmp_path / "first/sft"))

@@ -296,9 +296,13 @@ def _boom(done: int, total: int) -> None:
 def test_autocast_and_half_precision(llama: PreTrainedModel) -> None:
     prompts = some_prompts(8)
     rollout = TorchEngine(Special(), 8, autocast="bfloat16").generate(llama, prompts, range(8), Sampling(10))
-    assert rollout.behaviour_logprobs.dtype == torch.float32 and llama.dtype == torch.float32
-    plain = torch.cat([plain_logprobs(llama, prompts[r], rollout.response_ids(r)) for r in range(8)])
-    assert 1e-4 < float((rollout.behaviour_logprobs[rollout.mask] - plain).abs().mean()) < 0.2  # bfloat16 it was, and not wrong
+    same(rollout, TorchEngine(Special(), 8).generate(llama, prompts, range(8), Sampling(10)))  # a CPU decodes in float32
+    if torch.cuda.is_available():
+        moved = build("llama").to("cuda")
+        rollout = TorchEngine(Special(), 8, autocast="bfloat16").generate(moved, prompts, range(8), Sampling(10))
+        assert rollout.behaviour_logprobs.dtype == torch.float32 and moved.dtype == torch.float32
+        plain = torch.cat([plain_logprobs(moved.cpu(), prompts[r], rollout.response_ids(r)) for r in range(8)])
+        assert 1e-4 < float((rollout.behaviour_logprobs[rollout.mask] - plain).abs().mean()) < 0.2  # bfloat16 it was, and not wrong
     half = build("llama").to(torch.bfloat16)
     rollout = TorchEngine(Special(), 8).generate(half, prompts, range(8), Sampling(10))
     assert rollout.behaviour_logprobs.dtype == torch.float32 and rollout.mask.any()

@@ -21,7 +21,8 @@ from srppo import files
 from srppo.config import build, dump
 from srppo.errors import RunFolderError
 from srppo.files import append_lines, plain, read_lines, write_bytes, write_json
-from srppo.run_folder import HARMLESS, RunFolder, is_run
+from srppo.run_config import load_run_config
+from srppo.run_folder import HARMLESS, MARK, RunFolder, is_run
 
 CONFIG = dump(build({}))
 
@@ -163,6 +164,68 @@ def test_resume_with_harmless_changes_records_them(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path / "run", changed(threads=1, ppo={"micro_batch_size": 2, "keep_checkpoints": 9}), resume=True):
         pass
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["ppo"]["micro_batch_size"] == 2
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Change the config.yaml of a run, as another version of srppo would have written it."""
+    path = folder / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    change(values)
+    path.write_text(f"{MARK}\n{yaml.safe_dump(values)}")
+
+
+def test_runs_of_other_versions_can_be_resumed(tmp_path: Path) -> None:
+    """A key that is newer than the run has its default; one that is gone does not count, nor does its section."""
+    start(tmp_path / "run")
+
+    def older(values: dict[str, Any]) -> None:
+        del values["ppo"]["adam_epsilon"], values["rollout"]
+        values["ppo"]["value_coef"] = 0.1
+        values |= {"curriculum": {"steps": 3}, "fast": True}
+
+    rewrite(tmp_path / "run", older)
+    RunFolder.check(tmp_path / "run", resume=True, config_yaml=CONFIG)
+    with pytest.raises(RunFolderError, match=r"ppo\.adam_epsilon: 1e-08 in the folder, 1e-05 now") as error:
+        RunFolder.check(tmp_path / "run", resume=True, config_yaml=changed(ppo={"adam_epsilon": 1e-5}))
+    assert "value_coef" not in str(error.value)
+    told: list[str] = []
+    assert load_run_config(tmp_path / "run", told.append, {"ppo.clip": 0.1}) == build({"ppo": {"clip": 0.1}})
+    [warning] = told
+    assert warning.endswith("keys that this one does not have are ignored: curriculum, fast, ppo.value_coef")
+
+
+def test_values_that_are_no_longer_allowed_are_compared_as_they_stand(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    rewrite(tmp_path / "run", lambda values: values["ppo"].update(lr_schedule="stairs"))
+    with pytest.raises(RunFolderError, match=r"ppo\.lr_schedule: stairs in the folder, constant now"):
+        RunFolder.check(tmp_path / "run", resume=True, config_yaml=CONFIG)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    before = listing(run)
+    for place, name in [("", ".sft.a1.part"), ("sft_checkpoints", ".share-1.b2.part"), ("checkpoints/ppo", ".checkpoint-3.partial")]:
+        (run / place / name).mkdir(parents=True)
+        (run / place / name / "model.safetensors").write_bytes(b"half")
+    for name in (".config.yaml.c3.tmp", "stages/.sft.json.d4.tmp", "evaluation/.base.jsonl.e5.tmp", "critic/.value_scale.json.f6.tmp"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("half")
+    (run / ".policy.g7.old" / "old").mkdir(parents=True)  # the new policy is in place: this one is of no use
+    with RunFolder.open(run, CONFIG, resume=True):
+        pass
+    assert listing(run) == before
+
+
+def test_a_folder_that_was_moved_away_is_put_back(tmp_path: Path) -> None:
+    """Killed between the two renames of models/saving.atomic_folder."""
+    run = start(tmp_path / "run")
+    before = listing(run)
+    (run / ".policy.a1.old").mkdir()
+    (run / "policy").rename(run / ".policy.a1.old" / "old")
+    (run / ".policy.b2.part").mkdir()
+    with RunFolder.existing(run):
+        pass
+    assert listing(run) == before and not list(run.glob(".policy*"))
 
 
 def test_harmless_keys_exist() -> None:

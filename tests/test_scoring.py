@@ -103,6 +103,8 @@ def test_own_function_from_the_current_directory(tmp_path: Path, monkeypatch: py
         "def large(completion, row):\n    return 2\n"
         "def nan(completion, row):\n    return float('nan')\n"
         "def breaks(completion, row):\n    return row['b']\n"
+        "def quits(completion, row):\n    raise SystemExit(3)\n"
+        "def takes(completion, row):\n    return float(row.pop('a') == completion)\n"
         "number = 3\n"
     )
     scorer = load_scorer("srppo_test_judge:half")
@@ -117,6 +119,11 @@ def test_own_function_from_the_current_directory(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match="failed on the completion 'x': KeyError: 'b'") as caught:
         breaks("x", {})
     assert isinstance(caught.value.__cause__, KeyError)
+    quits, takes, row = load_scorer("srppo_test_judge:quits"), load_scorer("srppo_test_judge:takes"), {"a": "x"}
+    assert quits is not None and takes is not None
+    with pytest.raises(ConfigError, match="failed on the completion 'x': SystemExit: 3"):
+        quits("x", row)
+    assert [takes("x", row), takes("x", row)] == [1.0, 1.0]  # it gets a copy
     with pytest.raises(ConfigError, match=r"has no function 'haalf'; it has .*half"):
         load_scorer("srppo_test_judge:haalf")
     with pytest.raises(ConfigError, match="has no function 'number'"):

@@ -155,13 +155,14 @@ def evaluate(ctx: click.Context, target: str, model: str | None, progress: str, 
 
     TARGET is a run folder, or a recipe. With --model the results go to a run folder of their own, --output.
     """
+    from srppo.run_config import load_run_config
     from srppo.run_folder import is_run
 
     given = {k: v for k, v in flags.items() if v is not None}
     if is_run(target):
         if model is not None and "output" not in given:
             raise ConfigError("--model: say with --output where the results go; the run folder itself keeps its own")
-        config = _config(ctx, str(Path(target) / "config.yaml"), flags) if given else None
+        config = load_run_config(target, _progress(progress).warn, parse_overrides(flags)) if given else None
     elif Path(target).is_dir():
         raise ConfigError(
             f"{target}: not a run folder (no config.yaml of srppo in it); to evaluate a model: srppo evaluate RECIPE --model {target}"
@@ -252,6 +253,7 @@ def pretrain(output: str, steps: int | None, seed: int, progress: str) -> None:
     """Pretrain the world's base model."""
     from srppo.lab.pretrain import STEPS
     from srppo.lab.pretrain import pretrain as library
+    from srppo.run_folder import refuse_existing
 
     refuse_existing(output)
     reporter, total = _progress(progress), steps or STEPS
@@ -269,21 +271,13 @@ def world(output: str, seed: int) -> None:
     from srppo.config import build, dump
     from srppo.files import write_bytes
     from srppo.lab.world import recipe, write_world
+    from srppo.run_folder import refuse_existing
 
     refuse_existing(output)
     config = dump(build(recipe(Path(output), seed)))
     write_world(Path(output), seed)
     write_bytes(Path(output) / "recipe.yaml", config.encode())
     click.echo(f"{output}; now: srppo align {Path(output) / 'recipe.yaml'}")
-
-
-def refuse_existing(output: str) -> None:
-    """Raise a RunFolderError where a folder that is not a run would be written over."""
-    from srppo.errors import RunFolderError
-
-    path = Path(output)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunFolderError(f"{output}: exists already; choose another --output")
 
 
 def main() -> None:

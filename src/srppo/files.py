@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,23 @@ def repair_lines(path: str | Path) -> None:
     path = Path(path)
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         write_lines(path, read_lines(path))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files and folders of a process that was killed while it wrote into this folder.
+
+    Killed between the two renames that replace a folder, it has left the old one inside `.name.….old`: that is put back.
+    Raises RunFolderError where the system refuses.
+    """
+    for leftover in [p for p in sorted(folder.glob(".*")) if p.suffix in (".tmp", ".part", ".partial", ".old")]:
+        with write_errors(leftover):
+            target = folder / leftover.name[1:].rsplit(".", 2)[0]
+            if leftover.suffix == ".old" and (leftover / "old").exists() and not target.exists():
+                os.replace(leftover / "old", target)
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:

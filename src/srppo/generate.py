@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from srppo.config import RunConfig, build, load_recipe, merge
+from srppo.config import RunConfig, build, merge
 from srppo.data.chat import ChatFormat, RenderedPrompt
 from srppo.data.files import read_text
 from srppo.data.messages import Message, Unusable
@@ -19,6 +19,7 @@ from srppo.models.roles import build_roles
 from srppo.models.source import find_source, is_adapter, read_json
 from srppo.rollout.engine import Sampling
 from srppo.rollout.torch_engine import TorchEngine
+from srppo.run_config import load_run_config
 from srppo.run_folder import is_run
 from srppo.seeding import stream_seed
 from srppo.text import clean
@@ -95,6 +96,10 @@ def print_completions(completions: Sequence[Completion], *, as_json: bool = Fals
         print(f"{cut} of {len(completions)} answers were cut at the length limit", file=sys.stderr)
 
 
+def _warn(text: str) -> None:
+    print(f"warning: {clean(text)}", file=sys.stderr)
+
+
 def _trained_by(model: str) -> Path | None:
     """The run folder that the model lies in, if any."""
     path = Path(model).expanduser()
@@ -106,7 +111,7 @@ def _plan(model: str, base: str | None, device: str) -> tuple[RunConfig, str, st
     run, place = _trained_by(model), os.path.expanduser(model)
     if not os.path.exists(place) and os.path.dirname(place) and os.path.isdir(os.path.dirname(place)):
         raise ModelError(f"{model}: no such folder in {os.path.dirname(place)}")  # a slip in a path, not a hub id to ask the network for
-    config = load_recipe(run / "config.yaml") if run else RunConfig()
+    config = load_run_config(run, _warn) if run else RunConfig()
     if run is not None and is_run(place):
         found = next((run / stage for stage in STAGES if (run / stage).is_dir()), None)
         if found is None:
@@ -134,6 +139,11 @@ def _last(prompt: str | list[Message]) -> str:
 
 
 def _render(chat: ChatFormat, prompt: str | list[Message], number: int) -> RenderedPrompt:
+    for text in [prompt] if isinstance(prompt, str) else [str(m.get("content", "")) for m in prompt]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # what the shell hands on of bytes that are not UTF-8
+            raise DataError(f"prompt {number}: {text[:SHOWN]!r} holds bytes that are not UTF-8, which is no text to a tokenizer") from None
     try:
         return chat.render_prompt(prompt)
     except Unusable as error:
@@ -153,5 +163,5 @@ def _from_file(file: str, chat: ChatFormat, config: RunConfig) -> list[tuple[str
         return [(line, _render(chat, line, number)) for number, line in enumerate(lines, 1)]
     found = load_prompts(file, config.data.prompts_split, config.data, chat, config.seed)
     for reason, affected in found.report.dropped.items():
-        print(f"warning: prompts left out: {reason}: {affected}", file=sys.stderr)
+        _warn(f"prompts left out: {reason}: {affected}")
     return [(p.text, RenderedPrompt(p.text, p.ids)) for p in sorted(found.prompts, key=lambda p: p.row)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from srppo.config import RunConfig, build, load_recipe, merge
+from srppo.config import RunConfig, build, merge
 from srppo.environment import versions
 from srppo.errors import ConfigError
 from srppo.files import read_lines
 from srppo.intervals import paired_gain
 from srppo.progress import Progress, make_progress
+from srppo.run_config import load_run_config
 from srppo.run_folder import is_run
 from srppo.stages import ROLE_OF_STAGE, continued_stage, evaluation_stage, outcome, ppo_stage, sft_stage
 from srppo.train.continued import ROLE as CONTINUED
@@ -81,7 +82,7 @@ def run_evaluate(target: str, config: RunConfig | None = None, *, progress: Prog
             raise ConfigError(f"{target} is not a run folder; to evaluate a model, give a recipe with its base, prompts and scorer too")
         changes = {"sft.checkpoint": str(target), "ppo.iterations": 0, "reward.checkpoint": "sft"}
         return align(build(merge(config.model_dump(), changes)), progress=progress)
-    config = config or load_recipe(Path(target) / "config.yaml")
+    config = config or load_run_config(target, progress.warn)
     config = config.model_copy(update={"output": str(target)})
     with open_workspace(config, progress, resume=True, may_differ=("evaluation",)) as space:
         roles, run = space.loaded.roles, space.run

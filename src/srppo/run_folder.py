@@ -14,11 +14,21 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from srppo.environment import environment, version
 from srppo.errors import RunFolderError
-from srppo.files import append_lines, plain, read_json, read_lines, repair_lines, write_bytes, write_errors, write_json, write_lines
+from srppo.files import (
+    append_lines,
+    plain,
+    read_json,
+    read_lines,
+    remove_unfinished,
+    repair_lines,
+    write_bytes,
+    write_errors,
+    write_json,
+    write_lines,
+)
+from srppo.run_config import refuse_changes
 
 if sys.platform != "win32":  # there: no lock, the rest works
     import fcntl
@@ -52,6 +62,13 @@ def is_run(path: str | Path) -> bool:
         return False
 
 
+def refuse_existing(output: str | Path) -> None:
+    """Raise a RunFolderError where a folder that is not a run would be written over."""
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunFolderError(f"{output}: exists already; choose another --output")
+
+
 class RunFolder:
     """An open run folder, locked for this process until `close` (it is a context manager)."""
 
@@ -74,7 +91,7 @@ class RunFolder:
             raise RunFolderError("--resume continues a run and --overwrite deletes it: choose one")
         _refuse(Path(path), resume, overwrite)
         if resume and config_yaml is not None and is_run(path):
-            _same_config(Path(path), config_yaml, may_differ)
+            refuse_changes(Path(path), config_yaml, {*HARMLESS, *may_differ})
 
     @classmethod
     def open(
@@ -99,7 +116,7 @@ class RunFolder:
             _refuse(path, resume, overwrite)  # again: another process may have been quicker
             run.resumed = is_run(path) and not overwrite
             if run.resumed:
-                _same_config(path, config_yaml, may_differ)
+                refuse_changes(path, config_yaml, {*HARMLESS, *may_differ})
                 run._tidy()
             else:
                 _empty(path)
@@ -168,10 +185,10 @@ class RunFolder:
         return environment()
 
     def _tidy(self) -> None:
-        """Remove what a killed process left: temporary files, half a last line."""
-        for leftover in self.path.glob(".*.tmp"):
-            with write_errors(leftover):
-                leftover.unlink(missing_ok=True)
+        """Remove what a killed process left: unfinished files and folders, half a last line."""
+        for pattern in (".", "stages", "evaluation", "critic", "sft_checkpoints", "checkpoints/*"):
+            for folder in [self.path] if pattern == "." else list(self.path.glob(pattern)):
+                remove_unfinished(folder)
         for name in ("metrics.jsonl", "samples.jsonl"):
             repair_lines(self.path / name)
 
@@ -258,27 +275,3 @@ def _empty(path: Path) -> None:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict) or not values:
-        return {prefix: values}
-    return {k: v for name, value in values.items() for k, v in _flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}
-
-
-def _same_config(path: Path, config_yaml: str, may_differ: Collection[str]) -> None:
-    try:
-        old = _flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        raise RunFolderError(f"{path / 'config.yaml'}: damaged ({error}); the run cannot be resumed") from None
-    new = _flat(yaml.safe_load(config_yaml))
-    missing = "(not there)"
-    free = {*HARMLESS, *may_differ}
-    changed = [k for k in sorted(old.keys() | new.keys()) if not {k, k.split(".")[0]} & free and old.get(k, missing) != new.get(k, missing)]
-    if changed:
-        lines = [f"  {k}: {old.get(k, missing)} in the folder, {new.get(k, missing)} now" for k in changed]
-        raise RunFolderError(
-            f"{path}: --resume needs the configuration the run was started with, but these keys differ:\n"
-            + "\n".join(lines)
-            + "\nGive the old values, or start a new run in another --output."
-        )

@@ -93,7 +93,7 @@ def _import(spec: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module can fail in any way while it is imported; the cause is kept and shown
+    except (Exception, SystemExit) as error:  # a user's module can fail in any way while it is imported; the cause is kept and shown
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"evaluation.scorer: cannot import {module_name!r} (also looked for in {here}): {reason}") from error
     finally:
@@ -111,10 +111,10 @@ def _checked(spec: str, function: Callable[..., Any]) -> Scorer:
 
     def score(completion: str, row: dict[str, Any]) -> float:
         try:
-            value = function(completion, row)
+            value = function(completion, dict(row))
         except SrppoError:
             raise
-        except Exception as error:  # the user's code; its traceback stays as the cause
+        except (Exception, SystemExit) as error:  # the user's code; its traceback stays as the cause
             reason = f"{type(error).__name__}: {error}"
             raise ConfigError(f"evaluation.scorer {spec} failed on the completion {completion[:80]!r}: {reason}") from error
         try:

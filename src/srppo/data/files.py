@@ -36,17 +36,25 @@ def read_jsonl(path: Path) -> Rows:
         if line.strip():
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
-                hint = "" if rows else _one_document_hint(text)
-                raise DataError(f"broken JSON at column {error.colno}: {error.msg}{hint}", path, number) from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(_reason(error) + ("" if rows else _one_document_hint(text)), path, number) from None
             rows.append((_object(value, path, number), number, str(path)))
     return rows
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    """Why the json module gave up."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"broken JSON at column {error.colno}: {error.msg}"
+    if isinstance(error, RecursionError):
+        return "JSON with lists or objects nested too deeply to be read"
+    return f"JSON with an integer of more than {sys.get_int_max_str_digits()} digits, too long to be read"
 
 
 def _one_document_hint(text: str) -> str:
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return ""
     return ". The file is one JSON document, not one object a line: name it .json"
 
@@ -62,7 +70,9 @@ def read_json(path: Path) -> Rows:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # a second document follows the first: JSON lines
             return read_jsonl(path)
-        raise DataError(f"broken JSON at column {error.colno}: {error.msg}", path, error.lineno) from None
+        raise DataError(_reason(error), path, error.lineno) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(_reason(error), path, text.count("\n", 0, start) + 1) from None  # where the document begins
     if isinstance(value, dict):
         items = value.get("data", next(iter(value.values())) if len(value) == 1 else None)
         if isinstance(items, list):
@@ -89,8 +99,8 @@ def _list_rows(text: str, start: int, path: Path) -> Rows:
             position = _skip(text, position)
         if text[position + 1 :].strip():
             raise json.JSONDecodeError("Extra data", text, _skip(text, position + 1))
-    except json.JSONDecodeError as error:
-        raise DataError(f"broken JSON at column {error.colno}: {error.msg}", path, error.lineno) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(_reason(error), path, getattr(error, "lineno", line)) from None
     return rows
 
 

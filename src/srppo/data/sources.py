@@ -48,15 +48,21 @@ def read_rows(source: str, split: str = "train") -> Source:
     hub data set, or of a folder whose files are named after splits; a single file has none, and it is ignored.
     Raises DataError: missing (with the nearest name beside it), empty, unreadable, broken at line N, unknown split.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        rows = _read_file(path)
-    elif path.is_dir():
-        rows = _read_folder(path, split)
-    elif _looks_like_path(source):
-        raise DataError(_missing(path), source)
-    else:
-        rows = read_hub(source, split)
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:  # ~name of a user who does not exist
+        raise DataError(f"no such folder: {error}", source) from None
+    try:
+        if path.is_file():
+            rows = _read_file(path)
+        elif path.is_dir():
+            rows = _read_folder(path, split)
+        elif _looks_like_path(source):
+            raise DataError(_missing(path), source)
+        else:
+            rows = read_hub(source, split)
+    except OSError as error:  # a name that is too long, a folder that may not be listed
+        raise DataError(f"cannot be read: {error.strerror or error}", source) from error
     if not rows:
         raise DataError("holds no rows", source)
     return Source(source, [r for r, _, _ in rows], [line for _, line, _ in rows], [file for _, _, file in rows])

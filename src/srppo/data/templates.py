@@ -42,7 +42,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, bos: str) -
             raise ConfigError(f"data.chat_template: {error}") from None
     try:
         return option, Path(option).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: ~name of a user who does not exist
         raise ConfigError(
             f"data.chat_template: {option!r} is neither auto, tokenizer nor plain, nor a readable Jinja file: {error}"
         ) from None
@@ -66,5 +66,7 @@ def render(
         raise ConfigError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
         raise Unusable(f"the chat template refuses it: {error.message}") from None
+    except Exception as error:  # a template computes, and can fail like any program; the cause is kept and shown
+        raise ConfigError(f"the chat template is broken: {type(error).__name__}: {error}") from error
     assert isinstance(text, str)
     return text

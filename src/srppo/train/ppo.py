@@ -138,6 +138,11 @@ def _round(
     scale = state.scale or ValueScale.of(judged.returns)
     experience = make_experience(scored, judged, state.beta, scale, config)
     metrics = round_metrics(judged, experience, state.beta, scale)
+    if not experience.keep.any():
+        progress.warn(
+            f"iteration {iteration}: every rollout was cut at the length limit and left out (reward.missing_eos: exclude), so nothing "
+            "was trained; raise rollout.max_new_tokens, or use another reward.missing_eos"
+        )
     clock.append(time.perf_counter())
     interrupt.check()
     lr = scheduled_lr(ppo.lr_schedule, state.iteration, ppo.iterations, ppo.learning_rate)
