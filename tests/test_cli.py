@@ -229,6 +229,7 @@ def test_signal_in_a_real_process(recipe: str) -> None:
     """SIGINT at a moment the training loop does not guard: exit 130, one line, no traceback."""
     code = f"""
         import os, signal, sys, time, types
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a test-suite in the background inherits an ignored SIGINT
         stop = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or time.sleep(30)
         sys.modules["srppo.job"] = types.SimpleNamespace(align=stop)
         sys.argv = ["srppo", "align", {recipe!r}]
