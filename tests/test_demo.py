@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from srppo.generate import generate_text
 from srppo.lab.demo import demo, verdict
+from srppo.lab.world import base_folder
 from srppo.progress import make_progress
 from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
 
@@ -38,3 +40,9 @@ def test_stop_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     base, sft = summary["base"]["with_demonstrations"], summary["sft"]["with_demonstrations"]
     assert sft["sampled"] > base["sampled"] + 0.3  # a light SFT already finds the right author
     assert len(verdict(summary)) == 4
+
+
+def test_generate_fits_its_default_length_into_a_small_model() -> None:
+    """The embedded model has 256 positions, fewer than a prompt and the default of 256 new tokens."""
+    answers = generate_text(str(base_folder()), ["copy abc="], greedy=True)
+    assert len(answers) == 1 and answers[0].ended

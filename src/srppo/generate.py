@@ -18,7 +18,7 @@ from srppo.errors import DataError, ModelError
 from srppo.models.roles import build_roles
 from srppo.models.source import find_source, is_adapter, read_json
 from srppo.rollout.engine import Sampling
-from srppo.rollout.torch_engine import TorchEngine
+from srppo.rollout.torch_engine import TorchEngine, position_limit
 from srppo.run_config import load_run_config
 from srppo.run_folder import is_run
 from srppo.seeding import stream_seed
@@ -74,8 +74,12 @@ def generate_text(
     index = [i for i in range(len(asked)) for _ in range(samples)]
     seeds = [stream_seed(seed, "generate", i, s) for i in range(len(asked)) for s in range(samples)]
     engine = TorchEngine(roles.special, config.rollout.batch_size, config.model.autocast)
-    sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, greedy=greedy)
     with roles.use(role) as network:
+        room = position_limit(network.config)
+        longest = max((len(rendered.ids) for _, rendered in asked), default=0)
+        if room is not None:  # a small model has no room for the default; a prompt that fills it is still an error
+            max_new_tokens = max(1, min(max_new_tokens, room - longest))
+        sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p, greedy=greedy)
         out = engine.generate(network, [asked[i][1].ids for i in index], seeds, sampling, index)
     answers = [(chat.response_text(out.response_ids(row)), int(out.lengths[row]), bool(out.ended[row])) for row in range(len(index))]
     return [Completion(asked[i][0], asked[i][1].text, *answer) for i, answer in zip(index, answers)]
