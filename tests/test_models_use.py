@@ -170,3 +170,21 @@ def test_an_adapter_on_the_head_is_scored_right(places: dict[str, str]) -> None:
     with roles.use("policy") as model:
         every = model(input_ids=b.ids).logits.log_softmax(-1)[:, :-1]
     torch.testing.assert_close(scores, every.gather(-1, b.ids[:, 1:, None]).squeeze(-1)[b.target_mask[:, 1:]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_roles_may_learn_from_one_backward_pass(places: dict[str, str], kind: str) -> None:
+    """Switching adapters must not take the requires_grad flags from the role whose graph is still waiting, as PEFT alone would."""
+    roles, b = standard_roles(places["llama"], kind), tiny_batch()
+    roles.create("other", "policy")
+    with roles.use("policy", train=True):
+        one = roles.score("policy", b, train=True).logprobs.sum()
+        with roles.use("other", train=True):
+            (one + roles.score("other", b, train=True).logprobs.sum() + roles.values(b, train=True).sum()).backward()
+    gradients = [{n: p.grad for n, p in roles.parameters(role).items() if p.grad is not None} for role in ("policy", "other")]
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 0
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(grad, gradients[1][name])
+    assert roles.critic_parameters()["value_head.weight"].grad is not None
+    with roles.use("sft"):
+        assert not any(p.requires_grad for p in roles._store.tensors("sft").values())
