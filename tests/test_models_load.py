@@ -189,3 +189,10 @@ def test_weights_of_another_shape(broken: Path) -> None:
 def test_an_unknown_attention_implementation(llama: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded"):
         load(llama, attention="telepathy")
+
+
+def test_a_slip_in_a_path_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ModelError, match="no such folder in runs"):
+        load_model(ModelConfig(name="runs/polcy"))

@@ -53,6 +53,8 @@ def find_source(name: str, gguf_file: str | None = None, revision: str | None = 
         return Source(str(path.resolve()), True, gguf_file or _only_gguf(path))
     if path.is_absolute() or name.startswith((".", "~")) or "\\" in name or not _HUB_ID.fullmatch(name):
         raise ModelError(f"{name}: no such file or folder (and it cannot be a hub id, which looks like owner/name); check model.name")
+    if path.parent != Path() and path.parent.is_dir():  # a slip in a path: asking the network for it would take a minute
+        raise ModelError(f"{name}: no such folder in {path.parent}; check the name (for a hub id, run where no folder {path.parent} lies)")
     return Source(name, False, gguf_file, revision)
 
 
