@@ -132,13 +132,17 @@ def test_adapters_of_another_model(places: dict[str, str], tmp_path: Path) -> No
     wide = save_tiny(tmp_path / "wide", hidden_size=64)
     moved(wide, "lora").save("policy", tmp_path / "a")
     moved(places["gpt2"], "lora").save("policy", tmp_path / "b")
+    deep = save_tiny(tmp_path / "deep", num_hidden_layers=3)
+    moved(deep, "lora").save("policy", tmp_path / "d")
     roles = moved(places["llama"], "lora")
     before = logits(roles, "policy")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for folder in ("a", "b"):
+        for folder in ("a", "b", "d"):
             with pytest.raises(ModelError, match=r"does not fit|another model"):
                 roles.load("sft", tmp_path / folder)
+        with pytest.raises(ModelError, match="another model"):  # the other way round: layers of the base without weights
+            tiny_roles(save_tiny(tmp_path / "deeper", num_hidden_layers=4), "lora").load("sft", tmp_path / "d")
     assert roles.names() == {"base", "policy"} and torch.equal(logits(roles, "policy"), before)
     same_shape = save_tiny(tmp_path / "twin", seed=5)
     moved(same_shape, "lora").save("policy", tmp_path / "c")
