@@ -221,6 +221,21 @@ def test_filters_keep_hugging_faces_tokens(llama: PreTrainedModel, filters: dict
     assert_plain(llama, TorchEngine(Special(), 8).generate(llama, [prompt] * 8, range(8), Sampling(12, **filters)))
 
 
+def test_prompts_are_read_once_and_ended_rows_leave(llama: PreTrainedModel) -> None:
+    shapes: list[tuple[int, int]] = []
+    hook = llama.register_forward_pre_hook(lambda m, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    try:
+        rollout = TorchEngine(Special(), 64).generate(llama, [[20, 21], [30]] * 32, range(64), Sampling(60))
+    finally:
+        hook.remove()
+    assert shapes[0] == (2, 2)  # two prompts, though each has 32 rows
+    rows = [r for r, _ in shapes[1:]]
+    assert {q for _, q in shapes[1:]} == {1} and rows == sorted(rows, reverse=True)
+    alive = [int((rollout.lengths > step).sum()) for step in range(1, len(shapes))]
+    assert all(alive[i] <= r <= alive[i] * 8 / 7 + 1 for i, r in enumerate(rows))  # at most an eighth is carried along
+    assert alive[-1] < 32 and len(shapes) == int(rollout.lengths.max())
+
+
 def test_all_end_at_the_first_token(llama: PreTrainedModel) -> None:
     everything = Special(eos_ids=tuple(range(VOCAB)))
     rollout = TorchEngine(everything, 4).generate(llama, some_prompts(10), range(10), Sampling(50))
