@@ -47,6 +47,7 @@ LAYERS = {
     "lab": 3,
     "workspace": 4,
     "stages": 4,
+    "diagnosis": 4,
     "job": 4,
     "lab.demo": 5,
     "flags": 5,

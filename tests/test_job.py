@@ -67,7 +67,16 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_in_both_tunings(architecture: str, kind: str, tmp_path: Path, watched: dict[str, Any]) -> None:
     config = tiny_job(
-        tmp_path, architecture, kind, ppo__iterations=2, ppo__critic_warmup=0, ppo__minibatches=1, ppo__epochs=1, sft__steps=2
+        tmp_path,
+        architecture,
+        kind,
+        ppo__iterations=2,
+        ppo__critic_warmup=0,
+        ppo__minibatches=1,
+        ppo__epochs=1,
+        sft__steps=2,
+        guard__keep="last",  # random models learn nothing that a guard would keep
+        diagnose__samples=2,
     )
     summary = run(config)
     assert watched["before"] == watched["after"] and watched["moved"]  # base and sft bit-identical, the policy not
@@ -320,8 +329,9 @@ def test_a_round_without_an_ended_rollout_warns(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_finished_sft_model_can_be_the_start(tmp_path: Path) -> None:
-    run(tiny_job(tmp_path, output=str(tmp_path / "first")))
-    config = tiny_job(tmp_path, output=str(tmp_path / "second"), sft__checkpoint=str(tmp_path / "first/sft"))
+    fixed: dict[str, Any] = {"sft__keep": "last", "reward__checkpoint": "sft", "reward__kl_coef": 1.0, "guard__keep": "last"}
+    run(tiny_job(tmp_path, output=str(tmp_path / "first"), **fixed))
+    config = tiny_job(tmp_path, output=str(tmp_path / "second"), sft__checkpoint=str(tmp_path / "first/sft"), **fixed)
     summary = run(config)
     one, other = weights(tmp_path / "first/policy"), weights(tmp_path / "second/policy")
     assert all(torch.equal(one[n], other[n]) for n in one) and summary["sft_continued"]["all"]["n"] == 4

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from srppo.config import RunConfig, load_recipe
     from srppo.errors import SrppoError
-    from srppo.job import align, run_evaluate, run_ppo, run_sft
+    from srppo.job import align, run_diagnose, run_evaluate, run_ppo, run_sft
 
 __version__ = "0.1.0"
 _HOME = {
@@ -23,11 +23,12 @@ _HOME = {
     "run_sft": "job",
     "run_ppo": "job",
     "run_evaluate": "job",
+    "run_diagnose": "job",
     "RunConfig": "config",
     "load_recipe": "config",
     "SrppoError": "errors",
 }
-__all__ = ["RunConfig", "SrppoError", "__version__", "align", "load_recipe", "run_evaluate", "run_ppo", "run_sft"]
+__all__ = ["RunConfig", "SrppoError", "__version__", "align", "load_recipe", "run_diagnose", "run_evaluate", "run_ppo", "run_sft"]
 
 
 def __getattr__(name: str) -> Any:

@@ -83,6 +83,7 @@ def cli() -> None:
     \b
     srppo demo                 see it work in a few minutes, in an embedded world
     srppo config > my.yaml     a recipe to fill in: every key, documented
+    srppo diagnose my.yaml     can the reward help? a verdict before compute is spent
     srppo align my.yaml        demonstrations in, aligned model and honest report out
     """
 
@@ -143,6 +144,45 @@ def ppo(ctx: click.Context, recipe: str | None, resume: bool, overwrite: bool, p
     from srppo.job import run_ppo
 
     run_ppo(config, resume=resume, overwrite=overwrite, progress=_progress(progress))
+
+
+@cli.command(cls=RunCommand, short_help="Can the reward help? A verdict before PPO, without labels.")
+@click.argument("target", required=False)
+@click.option("--json", "as_json", is_flag=True, help="The card as one JSON object on standard output, and nothing else there.")
+@folder_options
+@common
+@click.pass_context
+def diagnose(
+    ctx: click.Context, target: str | None, as_json: bool, resume: bool, overwrite: bool, progress: str, **flags: str | None
+) -> None:
+    """Say whether the reward can help, before PPO is run: go, caution or no-go, with the reasons.
+
+    TARGET is a run folder that holds an SFT model, or a recipe (then the SFT is trained first, unless --sft.checkpoint gives it).
+    """
+    from srppo.progress import make_progress
+    from srppo.run_config import load_run_config
+    from srppo.run_folder import is_run
+
+    report = make_progress("quiet" if as_json and progress == "live" else progress, stream=sys.stderr if as_json else None)
+    if target is not None and is_run(target):
+        config = load_run_config(target, report.warn, parse_overrides(flags)).model_copy(update={"output": target})
+        if not (Path(target) / "stages/sft.json").is_file():
+            raise ConfigError(f"{target} holds no finished SFT yet; run `srppo sft` or `srppo align` first")
+        resume = True
+    elif target is not None and Path(target).is_dir():
+        raise ConfigError(
+            f"{target}: not a run folder (no config.yaml of srppo in it); for a model: srppo diagnose RECIPE --sft.checkpoint {target}"
+        )
+    else:
+        config = _config(ctx, target, flags)
+    ctx.meta["output"] = config.output
+    from srppo.job import run_diagnose
+
+    card = run_diagnose(config, resume=resume, overwrite=overwrite, progress=report)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(card, ensure_ascii=False, allow_nan=False))
 
 
 @cli.command(cls=RunCommand, short_help="Evaluate a run again, or another model by its rules.")

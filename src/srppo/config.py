@@ -14,7 +14,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from srppo.errors import ConfigError
 from srppo.sections import (
     DataConfig,
+    DiagnoseConfig,
     EvaluationConfig,
+    GuardConfig,
     ModelConfig,
     PPOConfig,
     RewardConfig,
@@ -26,7 +28,9 @@ from srppo.sections import (
 
 __all__ = [
     "DataConfig",
+    "DiagnoseConfig",
     "EvaluationConfig",
+    "GuardConfig",
     "ModelConfig",
     "PPOConfig",
     "RewardConfig",
@@ -60,6 +64,8 @@ class RunConfig(Section):
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     ppo: PPOConfig = PPOConfig()
+    diagnose: DiagnoseConfig = DiagnoseConfig()
+    guard: GuardConfig = GuardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")

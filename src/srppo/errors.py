@@ -39,3 +39,9 @@ class TrainingStopped(SrppoError):
     """Training was stopped on purpose (repeated non-finite steps, interruption); the state was saved first."""
 
     exit_code = 3
+
+
+class RewardRefused(SrppoError):
+    """The reward card said no-go, and the recipe does not say to go on all the same. What was trained so far is saved."""
+
+    exit_code = 4

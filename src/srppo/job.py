@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from srppo.config import RunConfig, build, merge
+from srppo.diagnose import tell
+from srppo.diagnosis import diagnosis_stage, make_card, note_card
 from srppo.environment import versions
 from srppo.errors import ConfigError
 from srppo.files import read_lines
@@ -22,15 +24,17 @@ TITLES = {"base": "base", "sft": "SFT", CONTINUED: "continued SFT", "srppo": "SR
 
 
 def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """SFT, Self-Rewarding PPO, the continued-SFT baseline and the evaluation of all. Returns (and writes) the summary.
+    """SFT, the reward card, Self-Rewarding PPO, the continued-SFT baseline and the evaluation of all. Returns (and writes) the summary.
 
     resume continues the run in config.output where it stopped; overwrite replaces it.
-    Raises SrppoError for bad input, Interrupted after Ctrl-C with the state saved.
+    Raises SrppoError for bad input, RewardRefused where the card says no-go, Interrupted after Ctrl-C with the state saved.
     """
     progress = progress or make_progress("live")
-    with open_workspace(config, progress, resume=resume, overwrite=overwrite) as space:
+    with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose.on_no_go",)) as space:
         evaluation_stage(space, "base")
         sft_stage(space)
+        if config.ppo.iterations:
+            space = diagnosis_stage(space)
         evaluation_stage(space, "sft")
         if config.ppo.iterations:
             ppo = ppo_stage(space)
@@ -61,13 +65,33 @@ def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False,
         raise ConfigError(
             f"there is no SFT model to start PPO from: set sft.checkpoint, or run `srppo sft` into {config.output} first and add --resume"
         )
-    with open_workspace(config, progress, resume=resume, overwrite=overwrite) as space:
+    with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose.on_no_go",)) as space:
         sft_stage(space)
+        space = diagnosis_stage(space)
         for stage in ("base", "sft"):
             evaluation_stage(space, stage)
         ppo_stage(space)
         evaluation_stage(space, "srppo")
         return conclude(space)
+
+
+def run_diagnose(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """The reward card alone: of the SFT that the run in config.output holds (resume), of sft.checkpoint, or of one trained first.
+
+    Returns the card as a dict, which diagnose.json in the run folder holds too. A later `align` with resume goes on from it, and obeys
+    it, unless PPO has run already. Raises SrppoError for bad input.
+    """
+    progress = progress or make_progress("live")
+    with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose",)) as space:
+        sft_stage(space)
+        card = make_card(space)
+        if outcome(space, "ppo") is None:
+            note_card(space, card)
+        tell(card, progress)
+        from srppo.report import write_report  # plotting is slow to import and needed only here
+
+        progress.note(f"report: {write_report(space.run.path)}")
+    return card.to_dict()
 
 
 def run_evaluate(target: str, config: RunConfig | None = None, *, progress: Progress | None = None) -> dict[str, Any]:

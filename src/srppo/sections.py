@@ -159,15 +159,17 @@ class SFTConfig(Section):
     """Gradients are scaled down to this global norm."""
     checkpoints_at: list[float] = [0.25, 0.5, 1.0]
     """Shares of the training after which the model is kept, as candidates for `keep` and `reward.checkpoint`."""
-    keep: Literal["best", "last"] | float = "last"
-    """The checkpoint PPO starts from: the lowest held-out loss, the last, or one of the shares of `checkpoints_at`."""
+    keep: Literal["auto", "best", "last"] | float = "auto"
+    """The checkpoint PPO starts from: the reward card's choice (auto; the last one where no card is made), the lowest held-out loss,
+    the last, or one of the shares of `checkpoints_at`."""
     eval_every: int = Field(default=0, ge=0)
     """Held-out loss every so many steps; 0 means at the checkpoints only."""
 
 
 class RewardConfig(Section):
-    checkpoint: Literal["sft"] | float | str = "sft"
-    """Numerator of the log-ratio: the SFT model PPO starts from, one of the shares of `sft.checkpoints_at`, or a path."""
+    checkpoint: Literal["auto", "sft"] | float | str = "auto"
+    """Numerator of the log-ratio: the reward card's choice (auto; sft where no card is made), the SFT model PPO starts from (sft),
+    one of the shares of `sft.checkpoints_at`, or a path."""
     placement: Literal["eos", "token"] = "eos"
     """eos: the whole sum at the last response token (the paper). token: each token's log-ratio at its token. Same return at gamma 1."""
     length_normalization: Literal["none", "mean"] = "none"
@@ -188,12 +190,20 @@ class RewardConfig(Section):
     """Divide the rewards of an iteration by their standard deviation (mean kept)."""
     kl_anchor: Literal["sft", "base", "none"] = "sft"
     """The model the policy is held near."""
-    kl_coef: float = Field(default=1.0, ge=0)
-    """beta. With anchor sft the optimum is pi_sft (pi_sft / pi_base)^(1/beta): smaller extrapolates further past the SFT."""
+    kl_coef: Literal["auto"] | float = "auto"
+    """beta: the reward card's choice (auto; 1 where no card is made), or a number. With anchor sft the optimum is
+    pi_sft (pi_sft / pi_base)^(1/beta): smaller extrapolates further past the SFT."""
     kl_target: float | None = Field(default=None, gt=0)
     """Adapt beta so that the KL to the anchor, in nats a response, approaches this target."""
     kl_horizon: int = Field(default=1000, ge=1)
     """Episodes over which the adaptive beta changes by a factor of about 1.2 at most."""
+
+    @field_validator("kl_coef")
+    @classmethod
+    def _not_negative(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and value < 0:
+            raise ValueError("Input should be auto, 0 or above")
+        return value
 
     @field_validator("checkpoint", mode="before")
     @classmethod
@@ -292,3 +302,42 @@ class EvaluationConfig(Section):
     """How many of those."""
     continued_sft: bool = True
     """Also train the SFT model further, with PPO's compute, and evaluate it: the baseline PPO must beat."""
+
+
+class DiagnoseConfig(Section):
+    enabled: bool = True
+    """Make the reward card between SFT and PPO: whether the reward tells good from bad, before compute is spent."""
+    on_no_go: Literal["stop", "warn"] = "stop"
+    """What `srppo align` does where the card says no-go."""
+    heldout: int = Field(default=64, ge=1)
+    """Held-out demonstrations the card looks at, at most."""
+    prompts: int = Field(default=48, ge=0)
+    """PPO prompts it looks at, at most; 0: none."""
+    samples: int = Field(default=8, ge=2)
+    """Samples of the SFT model a prompt; the more, the further past the SFT the card can see."""
+    betas: list[float] = [0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0]
+    """The KL coefficients whose effect it estimates, and among which it suggests one."""
+    preview: bool = True
+    """Show where PPO is heading by two extrapolations that need no training."""
+
+    @field_validator("betas")
+    @classmethod
+    def _above_zero(cls, value: list[float]) -> list[float]:
+        if not value or min(value) <= 0:
+            raise ValueError("Input should be one or more numbers above 0")
+        return sorted(set(value))
+
+
+class GuardConfig(Section):
+    every: int = Field(default=5, ge=0)
+    """PPO rounds between looks at held-out demonstrations; 0: no guard."""
+    samples: int = Field(default=4, ge=1)
+    """Samples of the policy a held-out prompt."""
+    heldout: int = Field(default=32, ge=1)
+    """Held-out demonstrations, at most."""
+    stop: bool = True
+    """Stop PPO when `patience` looks in a row brought nothing better."""
+    patience: int = Field(default=2, ge=1)
+    """Looks without a better one before the stop."""
+    keep: Literal["best", "last"] = "best"
+    """The policy that is kept: of the best look (the SFT itself included), or of the last round."""

@@ -16,6 +16,7 @@ from srppo.retention import base_answers, forgetting
 from srppo.train.compute import Compute
 from srppo.train.continued import ROLE as CONTINUED
 from srppo.train.continued import continue_sft
+from srppo.train.guard import CHECKPOINTS, Guard, watched
 from srppo.train.interrupt import Interrupted, StopRequested
 from srppo.train.ppo import train_ppo
 from srppo.train.sft import train_sft
@@ -108,12 +109,13 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
         interrupt=space.interrupt,
         decode=loaded.decode,
         evaluate=evaluate_now if during else lambda _: {},
+        guard=make_guard(space),
     )
     roles.save("policy", run.path / "policy", card=model_card(config, "policy"))
     if roles.has_critic and state.scale is not None:
         roles.save_critic(run.path / "critic")
         run.write_json("critic/value_scale.json", {"mean": state.scale.mean, "std": state.scale.std})
-    return finish(
+    done = finish(
         space,
         "ppo",
         {
@@ -121,10 +123,25 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
             "episodes": state.episodes,
             "final_beta": state.beta,
             "skipped_steps": sum(learner.total_skips for learner in state.learners),
+            **(state.guard.outcome(state.iteration) if state.guard else {}),
             "compute": compute.to_dict(),
             "seconds": time.monotonic() - started,
         },
     )
+    drop_checkpoint(space, CHECKPOINTS)
+    return done
+
+
+def make_guard(space: Workspace) -> Guard | None:
+    """The guard over PPO; None where it is turned off, or there are no held-out demonstrations to look at."""
+    config, loaded = space.config, space.loaded
+    if not config.guard.every:
+        return None
+    demonstrations = watched(loaded.demonstrations.heldout, loaded.roles, config)
+    if not demonstrations.prompt_ids:
+        space.progress.note("guard: off, as there are no held-out demonstrations with a prompt (data.heldout)")
+        return None
+    return Guard(loaded.roles, demonstrations, config, engine=loaded.evaluation_engine, run=space.run, progress=space.progress)
 
 
 def continued_stage(space: Workspace, passes: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from srppo.errors import ConfigError, DataError
 from srppo.models.roles import Roles, build_roles
 from srppo.progress import Progress
 from srppo.records import Prompt
-from srppo.rollout.engine import RolloutEngine, Sampling, bias_warning
+from srppo.rollout.engine import Sampling, bias_warning
 from srppo.rollout.torch_engine import TorchEngine, position_limit
 from srppo.run_folder import RunFolder
 from srppo.scoring import Scorer, load_scorer
@@ -41,8 +41,8 @@ class Loaded:
     evaluation_prompts: list[Prompt]
     retention_prompts: list[Prompt]
     scorer: Scorer | None
-    engine: RolloutEngine  # of PPO
-    evaluation_engine: RolloutEngine
+    engine: TorchEngine  # of PPO
+    evaluation_engine: TorchEngine
     sampling: Sampling  # of the rollouts
     data_summary: dict[str, Any]
 
@@ -180,7 +180,7 @@ def _try_roles(config: RunConfig, roles: Roles) -> None:
     """Load the checkpoints the configuration names, and see that an adapter fits: before anything is written or computed."""
     if config.sft.checkpoint is not None:
         roles.load("sft", config.sft.checkpoint)
-    if isinstance(config.reward.checkpoint, str) and config.reward.checkpoint != "sft" and config.ppo.iterations:
+    if isinstance(config.reward.checkpoint, str) and config.reward.checkpoint not in ("auto", "sft") and config.ppo.iterations:
         roles.load("reward", config.reward.checkpoint)
         roles.freeze("reward")
     if config.tuning.kind == "lora":

@@ -29,8 +29,10 @@ def coherent_reward(config: RewardConfig) -> CoherentReward:
 
 
 def first_beta(config: RewardConfig) -> float:
-    """The KL coefficient of the first round; 0 without an anchor."""
-    return 0.0 if config.kl_anchor == "none" else config.kl_coef
+    """The KL coefficient of the first round; 0 without an anchor, 1 where it is left to a reward card that was not made."""
+    if config.kl_anchor == "none":
+        return 0.0
+    return 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
 
 
 def next_beta(config: RewardConfig, beta: float, kl: float, episodes: int) -> float:

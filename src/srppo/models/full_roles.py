@@ -50,6 +50,23 @@ class FullRoles:
         remember_config_values(trunk, model)
         self._add(_HEADLESS, trunk, source)
 
+    def extrapolate(self, role: str, source: str, alpha: float) -> None:
+        """Computed in float32, one weight after the other, from the source as it is and the base in the source's precision: were
+        only one of the two rounded, its rounding would pass for training."""
+        origin, base = self._models[source], self._models["base"]
+        if origin.dtype != base.dtype:
+            base = self._load(None)
+        weights, starts = dict(origin.named_parameters()), dict(base.named_parameters())
+        if {n: p.shape for n, p in weights.items()} != {n: p.shape for n, p in starts.items()}:
+            raise ModelError(f"{source} cannot be extrapolated away from base: it is of another architecture, with other weights")
+        model = copy.deepcopy(origin)
+        cast_parameters(model, self._dtype)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                weight = weights[name].float()
+                parameter.copy_(weight + alpha * (weight - starts[name].float()))
+        self._add(role, model, source)
+
     def load(self, role: str, place: str) -> None:
         model = self._load(place)
         plan(model)  # may be of another architecture than base

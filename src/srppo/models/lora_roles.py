@@ -7,6 +7,7 @@ disabling and enabling adapters does the same. So each use records what it finds
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -53,6 +54,14 @@ class LoraRoles:
 
     def create_critic(self, source: str) -> None:
         self.create("critic", source)
+
+    def extrapolate(self, role: str, source: str, alpha: float) -> None:
+        """The source's adapter with B (1 + alpha): its change of the base, scale B A, is linear in B."""
+        self.create(role, source)
+        with torch.no_grad():
+            for name, parameter in self.tensors(role).items():
+                if "lora_B" in name or "lora_embedding_B" in name:
+                    parameter.mul_(1 + alpha)
 
     def load(self, role: str, place: str) -> None:
         """An adapter saved by PEFT. Raises ModelError if it is not plain LoRA, or does not fit the base."""
@@ -111,7 +120,8 @@ class LoraRoles:
 
     def drop(self, role: str) -> None:
         assert self._peft is not None
-        with self._undisturbed():
+        with self._undisturbed(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
             self._activate("base")
             if set(self._peft.peft_config) == {role}:
                 self._peft.unload()
@@ -164,13 +174,14 @@ class LoraRoles:
         """Switch every adapted layer, without touching requires_grad."""
         if self._active() == role:
             return
-        with undisturbed((), self._parameters):
-            for layer in self._layers:
-                layer.enable_adapters(role != "base")
-                if role != "base":
-                    layer.set_adapter(role)
-            if role != "base":  # PEFT's own note of the active adapter, which its other methods read
-                self._peft.active_adapter = self._peft.base_model.active_adapter = role
+        # What PEFT's set_adapter and enable_adapters come down to. They also turn all adapters' requires_grad over,
+        # which takes longer than a decoding step.
+        for layer in self._layers:
+            layer._disable_adapters = role == "base"
+            if role != "base":
+                layer._active_adapter = [role]
+        if role != "base":  # PEFT's own note of the active adapter, which its other methods read
+            self._peft.active_adapter = self._peft.base_model.active_adapter = role
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         """Called by torch's checkpoint at forward time: contexts for the forward pass and for its recomputation."""

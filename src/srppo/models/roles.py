@@ -5,6 +5,7 @@ One object owns them all. How they share memory is the store's affair (full_role
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ class Store(Protocol):
     def names(self) -> set[str]: ...
     def create(self, role: str, source: str) -> None: ...
     def create_critic(self, source: str) -> None: ...
+    def extrapolate(self, role: str, source: str, alpha: float) -> None: ...
     def load(self, role: str, place: str) -> None: ...
     def drop(self, role: str) -> None: ...
     def freeze(self, role: str) -> None: ...
@@ -83,6 +85,20 @@ class Roles:
         self._check_new(role)
         self._check(source)
         self._store.create(role, source)
+
+    def extrapolate(self, role: str, source: str, alpha: float) -> None:
+        """A new role with the weights theta_source + alpha (theta_source - theta_base) (ExPO, Zheng et al. 2024, arXiv 2404.16792, eq. 1).
+
+        alpha 0 is a copy of the source, -1 is base. In lora tuning theta are the merged weights, W + scale B A.
+        Raises ModelError if the role exists, the source does not, or is base or of another architecture, or alpha is not finite.
+        """
+        self._check_new(role)
+        self._check(source)
+        if source in ("base", CRITIC):
+            raise ModelError(f"{source} cannot be extrapolated: only a language model trained from base has a direction away from it")
+        if not math.isfinite(alpha):
+            raise ModelError(f"weights cannot be extrapolated by alpha {alpha}; it is a finite number")
+        self._store.extrapolate(role, source, alpha)
 
     def load(self, role: str, folder: str | Path) -> None:
         """A new role from a folder or hub id: a model in full tuning, a LoRA adapter in lora tuning.

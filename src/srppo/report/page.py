@@ -6,16 +6,17 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from srppo import __version__
 from srppo.report import words
 from srppo.report.compare import difference
 from srppo.report.plots import Plot, readable
 from srppo.report.record import STAGES, Record
+from srppo.report.reward_card import card_view
 from srppo.text import clean, duration, number, percent
 
-TEMPLATE = Path(__file__).with_name("page.html.jinja")
+TEMPLATES = Path(__file__).parent
 PROMPTS_A_GROUP = 3  # shown side by side
 GROUPS_SHOWN = 8
 ROLLOUTS_SHOWN = 6  # of the first round and of the last
@@ -24,10 +25,11 @@ LONGEST = 1500  # characters of one shown text
 
 def render(record: Record, plots: list[Plot]) -> str:
     """The page as HTML."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader = FileSystemLoader(TEMPLATES)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     images = {p.name: {"source": base64.b64encode(p.png).decode(), "caption": p.caption} for p in plots}
     model = (record.config.get("model") or {}).get("name") or "a model"
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return environment.get_template("page.html.jinja").render(
         title=shown(f"{Path(str(model)).name}: {record.path.resolve().name}"),
         facts=_facts(record),
         verdict=[shown(s) for s in words.verdict(record)],
@@ -35,9 +37,10 @@ def render(record: Record, plots: list[Plot]) -> str:
         warnings=[shown(s) for s in words.warnings(record)],
         missing=[shown(s) for s in record.missing],
         headline=_headline(record),
+        card=card_view(record.card, shown),
         retention=_retention(record),
         images=images,
-        curves=[name for name in ("accuracy", "reward", "kl", "length", "loss") if name in images],
+        curves=[name for name in ("accuracy", "reward", "kl", "length", "guard", "loss") if name in images],
         answers=_answers(record),
         rollouts=_rollouts(record),
         data=_flat(record.data),

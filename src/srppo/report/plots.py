@@ -47,10 +47,12 @@ class Plot:
 
 def draw_all(record: Record) -> list[Plot]:
     """The plots that the run has figures for."""
+    from srppo.report.card_plots import CARD_PLOTS  # it draws with what this file has
+
     plots = []
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a group name in a script that the font lacks
-        for name, (draw, caption) in PLOTS.items():
+        for name, (draw, caption) in (PLOTS | CARD_PLOTS).items():
             figure = draw(record)
             if figure is not None:
                 stream = io.BytesIO()

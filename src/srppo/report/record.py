@@ -33,6 +33,7 @@ class Record:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     answers: dict[str, list[dict[str, Any]]]  # stage -> one row a prompt, of its evaluation
+    card: dict[str, Any]  # the reward card, diagnose.json; runs may well have none
     missing: list[str]  # in words
 
     def results(self, stage: str) -> dict[str, dict[str, Any]]:
@@ -72,6 +73,7 @@ def read_run(path: str | Path) -> Record:
         config = None
         missing.append("config.yaml is damaged")
     answers = {stage: _lines(path / "evaluation" / f"{stage}.jsonl", None, missing) for stage in STAGES}
+    card = path / "diagnose.json"
     summary = contents["summary.json"] or _from_stages(path)
     return Record(
         path,
@@ -83,6 +85,7 @@ def read_run(path: str | Path) -> Record:
         _lines(path / "metrics.jsonl", "the training metrics", missing),
         _lines(path / "samples.jsonl", "samples of the rollouts (PPO has not begun)", missing),
         answers,
+        _json(card, "", missing) if card.exists() else {},
         missing + _absent_stages(summary),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,19 @@ def unwrapped(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+class Step(Protocol):
+    """What decoding asks of a model, or of several that speak as one (extrapolation.py)."""
+
+    pad_id: int
+    device: torch.device
+
+    def new_cache(self) -> DynamicCache: ...
+
+    def __call__(self, ids: Tensor, attention: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """ids and positions [R, Q]; attention [R, columns so far + Q]. Returns the logits [R, V] after each row's last token."""
+        ...
+
+
 class NextToken:
     """The model as a function: tokens and a cache in, the logits after each row's last token out."""
 
@@ -44,6 +57,9 @@ class NextToken:
         self.model, self.pad_id, self.config, self.device = model, pad_id, inner.config, model.device
         self.takes_positions = "position_ids" in accepted  # models with ALiBi have none
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def new_cache(self) -> DynamicCache:
+        return new_cache(self.config)
 
     def __call__(self, ids: Tensor, attention: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """ids and positions [R, Q]; attention [R, columns so far + Q]. Returns [R, V]."""
@@ -74,7 +90,7 @@ def passes(lengths: Sequence[int], tokens: int) -> list[slice]:
     return [*cuts, slice(start, len(lengths))]
 
 
-def prefill(model: NextToken, prompts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache, Tensor]:
+def prefill(model: Step, prompts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache, Tensor]:
     """Read R prompts, of which equal ones stand side by side and are read once, in passes of at most PREFILL_TOKENS.
 
     Returns the cache of R rows and the logits [R, V] that follow the prompts.
@@ -82,11 +98,11 @@ def prefill(model: NextToken, prompts: Sequence[tuple[int, ...]]) -> tuple[Dynam
     counts = Counter(prompts)  # keeps the order
     distinct, repeats = list(counts), torch.tensor(list(counts.values()))
     # recurrent states, which some layers keep, cannot be joined
-    runs = passes([len(p) for p in distinct], PREFILL_TOKENS) if all_growing(new_cache(model.config)) else [slice(None)]
+    runs = passes([len(p) for p in distinct], PREFILL_TOKENS) if all_growing(model.new_cache()) else [slice(None)]
     caches, logits, rows = [], [], []
     for run in runs:
         ids, attention, positions = left_padded(distinct[run], model.pad_id, model.device)
-        caches.append(new_cache(model.config))
+        caches.append(model.new_cache())
         scores = model(ids, attention, positions, caches[-1])
         rows.append(torch.arange(len(ids)).repeat_interleave(repeats[run]).to(model.device))
         logits.append(scores.index_select(0, rows[-1]))
@@ -98,7 +114,7 @@ def prefill(model: NextToken, prompts: Sequence[tuple[int, ...]]) -> tuple[Dynam
 
 
 def decode(
-    model: NextToken,
+    model: Step,
     prompts: Sequence[tuple[int, ...]],
     uniforms: Tensor,
     eos_ids: Sequence[int],

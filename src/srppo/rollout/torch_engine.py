@@ -16,7 +16,7 @@ from torch import Tensor
 from srppo.errors import ConfigError, DataError, ModelError
 from srppo.records import Rollout
 from srppo.rollout.attention import grouped
-from srppo.rollout.decode import NextToken, decode, unwrapped
+from srppo.rollout.decode import NextToken, Step, decode, unwrapped
 from srppo.rollout.engine import Progress, Sampling
 from srppo.seeding import row_uniforms
 
@@ -57,10 +57,28 @@ class TorchEngine:
         Raises DataError for an empty prompt or one that leaves no room for max_new_tokens within the model's positions,
         ModelError when the model gives NaN or infinite logits.
         """
+        with self.generating(model):
+            step, room = NextToken(model, self.special.pad_id), position_limit(unwrapped(model).config)
+            return self.generate_by(step, room, prompts, seeds, sampling, prompt_index, on_progress)
+
+    def generate_by(
+        self,
+        step: Step,
+        room: int | None,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        prompt_index: Sequence[int] | None = None,
+        on_progress: Progress | None = None,
+    ) -> Rollout:
+        """`generate` by any function that says the next token's logits, within `generating` for each model behind it.
+
+        room: how many tokens a sequence may have, None for no limit.
+        """
         assert len(prompts) == len(seeds) and (prompt_index is None or len(prompt_index) == len(prompts))
         rows = [tuple(p) for p in prompts]
         limit = sampling.max_new_tokens
-        _check_lengths([len(p) for p in rows], limit, position_limit(unwrapped(model).config))
+        _check_lengths([len(p) for p in rows], limit, room)
         # longest first (too large a batch shows at once), equal prompts side by side
         order = sorted(range(len(rows)), key=lambda r: (-len(rows[r]), rows[r]))
         tokens = torch.zeros(len(rows), limit, dtype=torch.int64)
@@ -73,17 +91,15 @@ class TorchEngine:
             if on_progress is not None and count:
                 on_progress(ended_rows, len(rows))
 
-        with self._generating(model):
-            step = NextToken(model, self.special.pad_id)
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                uniforms = row_uniforms([seeds[r] for r in batch], limit).to(step.device)
-                sampled, scores = decode(step, [rows[r] for r in batch], uniforms, self.special.eos_ids, sampling, advance)
-                tokens[batch], logprobs[batch] = sampled.cpu(), scores.cpu()
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            uniforms = row_uniforms([seeds[r] for r in batch], limit).to(step.device)
+            sampled, scores = decode(step, [rows[r] for r in batch], uniforms, self.special.eos_ids, sampling, advance)
+            tokens[batch], logprobs[batch] = sampled.cpu(), scores.cpu()
         return _record(rows, prompt_index, tokens, logprobs, self.special.eos_ids)
 
     @contextlib.contextmanager
-    def _generating(self, model: PreTrainedModel) -> Iterator[None]:
+    def generating(self, model: PreTrainedModel) -> Iterator[None]:
         """No gradients, evaluation mode (dropout off, and no gradient checkpointing, which forbids a cache), autocast; then as before."""
         training = [m for m in model.modules() if m.training]
         model.eval()

@@ -21,6 +21,7 @@ from srppo.run_folder import RunFolder
 from srppo.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, saved_steps
 from srppo.train.compute import Compute
 from srppo.train.experience import Judged, ValueScale, collect, deal_prompts, judge, make_experience, round_metrics, score
+from srppo.train.guard import Guard
 from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
 from srppo.train.learner import Learner, scheduled_lr
 from srppo.train.update import update
@@ -38,6 +39,7 @@ class PPOState:
     iteration: int = 0  # finished rounds
     episodes: int = 0
     scale: ValueScale | None = None  # the critic's units, from the first round
+    guard: Guard | None = None
 
     @property
     def learners(self) -> list[Learner]:
@@ -57,10 +59,12 @@ def train_ppo(
     interrupt: Interrupt,
     decode: Callable[[list[int]], str],
     evaluate: Callable[[int], dict[str, float]],
+    guard: Guard | None = None,
 ) -> PPOState:
-    """Train the role `policy` (a copy of `sft`) and the critic; both are left at their last state.
+    """Train the role `policy` (a copy of `sft`) and the critic; both are left at their last state, the policy at the guard's choice.
 
     Resumes from checkpoints/ppo/ when that holds a checkpoint. evaluate(iteration) gives metrics to log with the round.
+    guard: watches the policy and may end the rounds early; None, or a run begun by a version without it: all rounds, the last policy.
     Raises Interrupted after saving, and TrainingStopped (state saved) on repeated non-finite steps.
     """
     ppo = config.ppo
@@ -74,18 +78,29 @@ def train_ppo(
         Learner(roles.parameters("policy"), ppo.learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon),
         Learner(roles.critic_parameters(), ppo.critic_learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon) if learned else None,
         first_beta(config.reward),
+        guard=guard,
     )
-    if saved_steps(folder):
-        _restore(roles, state, compute, load_checkpoint(folder, saved_steps(folder)[-1]))
-    run.truncate_metrics(state.iteration, "ppo")
+    steps = saved_steps(folder)
+    if steps:
+        _restore(roles, state, compute, load_checkpoint(folder, steps[-1]))
+    elif state.guard:
+        state.guard.begin(None)
+    run.truncate_metrics(state.iteration if steps else -1, "ppo")
     reward = coherent_reward(config.reward)
 
     def save() -> None:
         save_checkpoint(folder, _checkpoint(roles, state, compute), ppo.keep_checkpoints)
+        if state.guard:
+            state.guard.tidy()
+
+    def over() -> bool:
+        return state.iteration >= ppo.iterations or (state.guard is not None and state.guard.gives_up)
 
     try:
         with progress.stage("PPO", ppo.iterations, "rounds", state.iteration) as ticker:
-            while state.iteration < ppo.iterations:
+            if state.guard and not state.guard.looks:  # at the SFT; a record of its own, as there is no round
+                run.log({"stage": "ppo", "step": 0, **state.guard.look(0)})
+            while not over():
                 interrupt.check()
                 iteration = state.iteration + 1
                 dealt = [prompts[i] for i in deal_prompts(len(prompts), ppo.prompts_per_iteration, config.seed, iteration)]
@@ -93,9 +108,11 @@ def train_ppo(
                 every = config.evaluation.every
                 if every and iteration % every == 0 and iteration < ppo.iterations:
                     metrics |= evaluate(iteration)
+                if state.guard and state.guard.due(iteration):
+                    metrics |= state.guard.look(iteration)
                 run.log({"stage": "ppo", "iteration": iteration, **metrics})
                 ticker.advance(iteration, **_shown(metrics))
-                if iteration == ppo.iterations or (ppo.checkpoint_every and iteration % ppo.checkpoint_every == 0):
+                if over() or (ppo.checkpoint_every and iteration % ppo.checkpoint_every == 0):
                     save()
     except StopRequested:
         save()
@@ -107,6 +124,8 @@ def train_ppo(
         raise TrainingStopped(
             f"{stop}. The state is in {run.path / 'checkpoints/stopped'}; --resume goes on from the last checkpoint before it"
         ) from None
+    if state.guard:
+        state.guard.conclude(state.iteration)
     return state
 
 
@@ -218,6 +237,7 @@ def _checkpoint(roles: Roles, state: PPOState, compute: Compute) -> Checkpoint:
         "forward_tokens": compute.forward_tokens,
         "trained_tokens": compute.trained_tokens,
         "skips": [[s.consecutive_skips, s.total_skips] for s in state.learners],
+        "guard": state.guard.state() if state.guard else None,
     }
     return Checkpoint(state.iteration, tensors, content)
 
@@ -234,6 +254,10 @@ def _restore(roles: Roles, state: PPOState, compute: Compute, saved: Checkpoint)
     compute.forward_tokens, compute.trained_tokens = saved.state["forward_tokens"], saved.state["trained_tokens"]
     for learner, (consecutive, total) in zip(state.learners, saved.state["skips"], strict=True):
         learner.consecutive_skips, learner.total_skips = consecutive, total
+    if saved.state.get("guard") is None:
+        state.guard = None  # begun by a version without one: goes on as it began
+    elif state.guard:
+        state.guard.begin(saved.state["guard"])
 
 
 def _save_stopped(run: RunFolder, roles: Roles, state: PPOState, compute: Compute) -> None:

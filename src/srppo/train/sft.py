@@ -36,9 +36,12 @@ class SFTResult:
 
 
 def choose(checkpoints: Sequence[SFTCheckpoint], keep: str | float) -> SFTCheckpoint:
-    """The checkpoint `sft.keep` names. `best` is the lowest held-out loss; without held-out demonstrations it is the last."""
+    """The checkpoint `sft.keep` names. `best` is the lowest held-out loss; without held-out demonstrations it is the last.
+
+    `auto` is the last until the reward card has chosen (see diagnose).
+    """
     last = max(checkpoints, key=lambda c: c.step)
-    if keep == "last":
+    if keep in ("last", "auto"):
         return last
     if keep == "best":
         judged = [c for c in checkpoints if c.heldout_nll is not None]

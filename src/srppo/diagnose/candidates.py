@@ -1,0 +1,102 @@
+"""Which SFT checkpoint to start PPO from, which to take as the reward's numerator, and how large a KL coefficient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from srppo.diagnose.evidence import Responses
+from srppo.diagnose.reward_card import Candidate, Estimate
+from srppo.diagnose.statistics import (
+    Floats,
+    effective_share,
+    estimate,
+    likelihood_gain,
+    preference,
+    standard_error,
+    tempered_weights,
+)
+from srppo.rewards import CoherentReward
+
+LEAST_EFFECTIVE = 0.75  # below it, PPO at this beta would go where the samples cannot see; found in the lab, docs/diagnose.md
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A start and a numerator, weighed on P held-out prompts."""
+
+    start: str
+    numerator: str
+    auc: Floats  # [P] preference against the start's samples
+    loglikelihood: Floats  # [P] of the demonstrations under the start, nats a response
+    gains: dict[float, Floats]  # beta -> [P] predicted rise of it
+    effective: dict[float, float]  # beta -> effective share of the samples
+    beta: float = 0.0
+
+    @property
+    def gain(self) -> Estimate:
+        return estimate(self.gains[self.beta]) if self.beta in self.gains else Estimate(None)
+
+    @property
+    def predicted(self) -> Floats:
+        """[P] log-likelihood of the demonstrations that PPO with this pair and beta would move towards."""
+        return self.loglikelihood + self.gains.get(self.beta, 0.0)
+
+    def to_candidate(self, chosen: bool) -> Candidate:
+        nll = -float(self.loglikelihood.mean())
+        return Candidate(
+            self.start,
+            self.numerator,
+            estimate(self.auc),
+            self.beta,
+            self.gain,
+            nll,
+            -float(self.predicted.mean()),
+            chosen,
+        )
+
+
+def weigh_pair(
+    start: str,
+    numerator: str,
+    reward: CoherentReward,
+    demonstrations: Responses,
+    samples: Responses,
+    betas: Sequence[float],
+    fixed: float | None = None,
+) -> Pair:
+    """Weigh one pair on the held-out prompts, and suggest its beta (or take the fixed one)."""
+    theirs, own = demonstrations.rewards(reward, numerator)[:, 0], samples.rewards(reward, numerator)
+    pair = Pair(
+        start,
+        numerator,
+        preference(theirs, own, samples.same_as(demonstrations)),
+        demonstrations.loglikelihood(start)[:, 0],
+        {beta: likelihood_gain(theirs, own, beta) for beta in betas},
+        {beta: float(effective_share(tempered_weights(own, beta)).mean()) for beta in betas},
+    )
+    return Pair(**{**vars(pair), "beta": suggest_beta(pair) if fixed is None else fixed})
+
+
+def suggest_beta(pair: Pair) -> float:
+    """The smallest beta, the furthest past the start, that the held-out demonstrations and the samples still allow.
+
+    Allowed: the predicted gain is not below zero, nor below the best one's by more than its standard error, and the samples can judge
+    it (effective share LEAST_EFFECTIVE or more). Where no beta is allowed: the one with the best gain, which is then negative.
+    Why the smallest: on prompts like the demonstrations the SFT has mostly learned what there is, so the gain there is flat in beta
+    long before it is exhausted elsewhere; measured in the lab, docs/diagnose.md.
+    """
+    best = max(pair.gains, key=lambda b: (pair.gains[b].mean(), b))
+    floor = max(0.0, pair.gains[best].mean() - standard_error(pair.gains[best]))
+    allowed = [b for b in pair.gains if pair.gains[b].mean() >= floor and pair.effective[b] >= LEAST_EFFECTIVE]
+    return min(allowed, default=best)
+
+
+def choose_pair(pairs: Sequence[Pair]) -> Pair | None:
+    """The last pair (the default), unless another's predicted log-likelihood is higher by more than one standard error of the
+    difference, prompt by prompt; then the one with the highest. None without pairs."""
+    if not pairs:
+        return None
+    default = pairs[-1]
+    better = [p for p in pairs if (p.predicted - default.predicted).mean() > standard_error(p.predicted - default.predicted)]
+    return max(better, key=lambda p: float(p.predicted.mean())) if better else default

@@ -1,0 +1,131 @@
+"""The verdict: whether the reward can help, in plain sentences. Thresholds were chosen in the lab, and checked on other seeds."""
+
+from __future__ import annotations
+
+from srppo.diagnose.reward_card import BetaRow, Preference, RewardCard, Verdict
+
+FEW = 12  # held-out prompts below which nothing is sure
+LENGTH_RANK, LENGTH_CHANGE = 0.5, 1.25
+EOS_SHARE = 0.5
+ENDS = 0.8
+Finding = tuple[Verdict, str]
+RANK: dict[Verdict, int] = {"go": 0, "caution": 1, "no-go": 2}
+
+
+def judge_reward(card: RewardCard) -> tuple[Verdict, list[str]]:
+    """Verdict and reasons, the gravest first; where nothing speaks against the reward, what speaks for it."""
+    found = [*_discrimination(card), *_gain(card), *_length(card), *_ending(card), *_shift(card), *_size(card)]
+    found.sort(key=lambda item: -RANK[item[0]])
+    verdict: Verdict = max((v for v, _ in found), key=RANK.__getitem__, default="go")
+    return verdict, [reason for _, reason in found]
+
+
+def _against_sft(card: RewardCard) -> Preference | None:
+    return next((p for p in card.preferences if p.against == "sft" and p.bucket == "all"), None)
+
+
+def _discrimination(card: RewardCard) -> list[Finding]:
+    found = _against_sft(card)
+    if found is None:
+        return [("caution", "There are no held-out demonstrations, so nothing tells whether the reward is right; set data.heldout.")]
+    auc = found.auc
+    if auc.value is None or auc.low is None or auc.high is None:
+        return [
+            (
+                "go",
+                "Every sample of the SFT model says what the held-out demonstrations say: on prompts like these nothing is left to gain.",
+            )
+        ]
+    figures = f"in {100 * auc.value:.0f} % of the cases ({100 * auc.low:.0f} to {100 * auc.high:.0f} %, {auc.n} prompts; chance is 50 %)"
+    if auc.high < 0.5:
+        return [
+            (
+                "no-go",
+                f"The reward prefers a held-out demonstration to the SFT model's own differing samples only {figures}: PPO would move "
+                "away from what the demonstrations show. The SFT model has probably learned them by heart; use an earlier checkpoint "
+                "(reward.checkpoint), fewer SFT steps or more demonstrations.",
+            )
+        ]
+    if auc.low < 0.5:
+        return [
+            (
+                "caution",
+                f"The reward prefers a held-out demonstration to the SFT model's own samples {figures}: perhaps no better than chance.",
+            )
+        ]
+    return [("go", f"The reward prefers a held-out demonstration to the SFT model's own samples {figures}.")]
+
+
+def _gain(card: RewardCard) -> list[Finding]:
+    gain, beta = card.decision.gain, card.decision.beta
+    if gain.value is None or gain.low is None or gain.high is None:
+        return []
+    figures = f"{gain.value:+.2f} nats a response ({gain.low:+.2f} to {gain.high:+.2f})"
+    if gain.high <= 0:
+        return [("no-go", f"At beta {beta:g} PPO would make held-out demonstrations less likely: {figures}.")]
+    if gain.low <= 0:
+        return [("caution", f"Whether PPO at beta {beta:g} makes held-out demonstrations likelier is not clear: {figures}.")]
+    return [("go", f"At beta {beta:g} PPO should make held-out demonstrations likelier: {figures}.")]
+
+
+def _length(card: RewardCard) -> list[Finding]:
+    rank = card.length_bias.spearman_within
+    out: list[Finding] = []
+    for group in dict.fromkeys(row.group for row in card.betas):
+        row, start = _row_at(card, group), next((s for s in card.spreads if s.group == group and s.author == "sft"), None)
+        if row is None or start is None or start.length <= 0 or rank is None or abs(rank) < LENGTH_RANK:
+            continue
+        ratio = row.length / start.length
+        if not 1 / LENGTH_CHANGE < ratio < LENGTH_CHANGE:
+            word = "longer" if ratio > 1 else "shorter"
+            out.append(
+                (
+                    "caution",
+                    f"Length bias: among samples to one prompt the reward goes with length (rank correlation {rank:+.2f}), and PPO at beta "
+                    f"{row.beta:g} would make responses {word} on {group} ({start.length:.1f} to {row.length:.1f} tokens). "
+                    "If that is not wanted: reward.length_normalization, token_shift or token_clip.",
+                )
+            )
+    return out
+
+
+def _row_at(card: RewardCard, group: str) -> BetaRow | None:
+    return next((row for row in card.betas if row.group == group and row.beta == card.decision.beta), None)
+
+
+def _ending(card: RewardCard) -> list[Finding]:
+    out: list[Finding] = []
+    share = card.length_bias.eos_share
+    if share > EOS_SHARE:
+        out.append(
+            (
+                "caution",
+                f"{100 * share:.0f} % of the reward sits in the EOS token: it says little but to end. Consider reward.include_eos: false.",
+            )
+        )
+    for s in card.spreads:
+        if s.author == "sft" and s.ends < ENDS and s.n:
+            out.append(("caution", f"Only {100 * s.ends:.0f} % of the SFT model's samples on {s.group} end before rollout.max_new_tokens."))
+    return out
+
+
+def _shift(card: RewardCard) -> list[Finding]:
+    """Groups of prompts on which the samples' reward lies far below that on the held-out prompts."""
+    own = next((s for s in card.spreads if s.author == "sft" and s.group == "held-out"), None)
+    if own is None:
+        return []
+    return [
+        (
+            "caution",
+            f"On {s.group} the SFT model's samples earn {s.mean:.1f} nats, on the held-out demonstrations' prompts {own.mean:.1f}: "
+            "these prompts are unlike the demonstrations, and the reward may not carry over.",
+        )
+        for s in card.spreads
+        if s.author == "sft" and s is not own and s.n and s.mean < own.quantiles[0]
+    ]
+
+
+def _size(card: RewardCard) -> list[Finding]:
+    if 0 < card.heldout < FEW:
+        return [("caution", f"Only {card.heldout} held-out demonstrations: every figure here is rough. data.heldout takes more.")]
+    return []

@@ -1,0 +1,237 @@
+"""The guard: a label-free watch over over-optimisation while PPO runs, on held-out demonstrations (ours; the paper has none).
+
+Every `guard.every` rounds it looks: held-out demonstrations' likelihood under the policy, samples of the policy on their prompts,
+and whether the reward still tells the two apart. The policy of the best look is kept; looks without a better one end PPO early.
+Words as in diagnose/reward_card.py: demonstration, sample, preference (AUC). Rewards and log-probabilities are nats.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from srppo.config import RunConfig
+from srppo.data.as_rollout import as_rollout
+from srppo.diagnose.evidence import Responses
+from srppo.diagnose.statistics import preference
+from srppo.masking import masked_mean, masked_sum
+from srppo.methods.srppo import coherent_reward
+from srppo.models.over_rollout import role_logprobs
+from srppo.models.roles import Roles
+from srppo.progress import Progress
+from srppo.records import Example, Rollout
+from srppo.rollout.engine import RolloutEngine, Sampling
+from srppo.rollout.torch_engine import position_limit
+from srppo.run_folder import RunFolder
+from srppo.seeding import permutation, stream_seed
+from srppo.train.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint, saved_steps
+
+CHECKPOINTS = "guard-best"  # under checkpoints/
+AUC_DROP = 0.1  # from round 0: beyond it, or below 1/2, the reward no longer ranks demonstrations above samples as it did
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the guard saw after a round; round 0 is the SFT itself. Means over demonstrations (heldout_*) or samples."""
+
+    round: int
+    reward: float  # nats a sample
+    auc: float | None  # mean over prompts of the preference; None where every sample is the demonstration
+    heldout_nll: float  # of the demonstrations' response tokens, nats a token
+    heldout_nll_response: float  # nats a demonstration
+    match: float  # share of the samples that are the demonstration, token for token
+    kl: float  # of log pi - log sft over a sample, nats
+    length: float  # tokens, EOS included
+    entropy: float  # of -log pi, nats a sampled token
+    eos_rate: float  # share of the samples that end before the limit
+
+
+def criterion(look: Look, first: Look) -> float:
+    """What the guard goes by, higher is better: held-out log-likelihood, nats a response. first: the look at the SFT."""
+    return -look.heldout_nll_response
+
+
+def best_of(looks: Sequence[Look]) -> Look:
+    """The earliest of the looks (at least one) with the highest criterion; one that is NaN is never better."""
+    values = [criterion(look, looks[0]) for look in looks]
+    return looks[max(range(len(looks)), key=lambda i: (-math.inf if math.isnan(values[i]) else values[i], -i))]
+
+
+def looks_since_best(looks: Sequence[Look], warmup: int) -> int:
+    """Looks after the best one. Those up to round `warmup`, in which the policy has not been trained, do not count."""
+    best = best_of(looks).round if looks else 0
+    return sum(look.round > max(best, warmup) for look in looks)
+
+
+def alarming(looks: Sequence[Look]) -> bool:
+    """Whether from the last but one look to the last the reward rose, held-out likelihood fell, and the AUC is below 1/2 or has
+    dropped by more than AUC_DROP from the first look's."""
+    if len(looks) < 2:
+        return False
+    first, before, now = looks[0], looks[-2], looks[-1]
+    parted = now.reward > before.reward and now.heldout_nll_response > before.heldout_nll_response
+    if not parted or now.auc is None:
+        return False
+    return now.auc < 0.5 or (first.auc is not None and first.auc - now.auc > AUC_DROP)
+
+
+def watched(examples: Sequence[Example], roles: Roles, config: RunConfig) -> Rollout:
+    """At most `guard.heldout` of the demonstrations, chosen by the seed: those with a prompt that leaves room for a response."""
+    eos = roles.special.eos_ids
+    whole = as_rollout(examples, eos)
+    with roles.use("base") as model:
+        limit = position_limit(model.config)
+    room = math.inf if limit is None else limit - config.rollout.max_new_tokens
+    fit = [i for i, prompt in zip(whole.prompt_index, whole.prompt_ids) if len(prompt) <= room]
+    chosen = sorted(permutation(len(fit), config.seed, "guard")[: config.guard.heldout])
+    return as_rollout([examples[fit[k]] for k in chosen], eos)
+
+
+class Guard:
+    """Looks, remembers them, and keeps the best look's policy in checkpoints/guard-best/. All that changes is `looks`.
+
+    It reads the roles and draws from random streams of its own, so PPO runs the same with it and without.
+    """
+
+    def __init__(
+        self, roles: Roles, demonstrations: Rollout, config: RunConfig, *, engine: RolloutEngine, run: RunFolder, progress: Progress
+    ):
+        """demonstrations: as `watched` gives them, at least one row."""
+        self.looks: list[Look] = []
+        self._roles, self._demonstrations, self._config = roles, demonstrations, config
+        self._engine, self._run, self._progress = engine, run, progress
+        self._folder = run.path / "checkpoints" / CHECKPOINTS
+        self._warmup = config.ppo.critic_warmup if config.ppo.baseline == "critic" else 0
+        self._theirs: Responses | None = None
+
+    def due(self, round: int) -> bool:
+        return round % self._config.guard.every == 0 or round == self._config.ppo.iterations
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether PPO should stop here."""
+        return self._config.guard.stop and looks_since_best(self.looks, self._warmup) >= self._config.guard.patience
+
+    def look(self, round: int) -> dict[str, float]:
+        """Look at the role `policy` after a round, keep its weights where it is the best so far, and return the metrics.
+
+        No stop in here: the round's weights have moved, and its record is written after this. Raises RunFolderError on a full disk.
+        """
+        started, known = time.perf_counter(), any(alarming(self.looks[: i + 1]) for i in range(len(self.looks)))
+        now = self._see(round)
+        self.looks.append(now)
+        if best_of(self.looks) is now and self._config.guard.keep == "best":
+            weights = Checkpoint(round, {"policy": self._roles.state("policy")}, {})
+            save_checkpoint(self._folder, weights, keep=len(saved_steps(self._folder)) + 1)
+            self.tidy()
+        alarm = alarming(self.looks)
+        if alarm and not known:
+            self._progress.warn(_alarm_words(self.looks))
+        figures = {name: value for name, value in asdict(now).items() if name != "round" and value is not None}
+        figures |= {"length_ratio": now.length / max(self.looks[0].length, 1e-9)}
+        figures |= {"criterion": criterion(now, self.looks[0]), "alarm": float(alarm)}
+        return {f"guard/{name}": value for name, value in figures.items()} | {"timing/guard": time.perf_counter() - started}
+
+    def _see(self, round: int) -> Look:
+        roles, config, demonstrations = self._roles, self._config, self._demonstrations
+        rows, each, reward = config.ppo.micro_batch_size, config.guard.samples, coherent_reward(config.reward)
+        numerator = "reward" if roles.has("reward") else "sft"
+        if self._theirs is None:
+            said = {role: role_logprobs(roles, role, demonstrations, rows) for role in (numerator, "base")}
+            self._theirs = Responses(demonstrations, 1, said)
+        rollout = self._sample(each)
+        scored = {role: role_logprobs(roles, role, rollout, rows) for role in sorted({numerator, "base", "sft", "policy"})}
+        ours = Responses(rollout, each, scored)
+        rewards, same = ours.rewards(reward, numerator), ours.same_as(self._theirs)
+        told = preference(self._theirs.rewards(reward, numerator)[:, 0], rewards, same)
+        told = told[~np.isnan(told)]
+        mask, policy = rollout.mask, scored["policy"].double()
+        nll = -role_logprobs(roles, "policy", demonstrations, rows).double().sum()
+        return Look(
+            round=round,
+            reward=float(rewards.mean()),
+            auc=float(told.mean()) if len(told) else None,
+            heldout_nll=float(nll / demonstrations.mask.sum()),
+            heldout_nll_response=float(nll / len(demonstrations.mask)),
+            match=float(same.mean()),
+            kl=float(masked_sum(policy - scored["sft"], mask, 1).mean()),
+            length=float(rollout.lengths.double().mean()),
+            entropy=float(masked_mean(-policy, mask)),
+            eos_rate=float(rollout.ended.double().mean()),
+        )
+
+    def _sample(self, each: int) -> Rollout:
+        """The policy's responses at temperature 1. Every look draws from the same streams: common random numbers."""
+        prompts, seed = self._demonstrations.prompt_ids, self._config.seed
+        index = [i for i in range(len(prompts)) for _ in range(each)]
+        seeds = [stream_seed(seed, "guard", i, s) for i in range(len(prompts)) for s in range(each)]
+        sampling = Sampling(self._config.rollout.max_new_tokens)
+        with self._progress.stage("Guard", len(index), "samples") as ticker, self._roles.use("policy") as model:
+            return self._engine.generate(model, [prompts[i] for i in index], seeds, sampling, index, lambda done, _: ticker.advance(done))
+
+    # --- across a stop
+
+    def state(self) -> dict[str, Any]:
+        """What a PPO checkpoint holds of the guard; JSON."""
+        return {"looks": [asdict(look) for look in self.looks]}
+
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        """Take up a `state`, or begin anew, and forget weights that a process stopped later has kept: their rounds are run again."""
+        self.looks = [Look(**look) for look in saved["looks"]] if saved else []
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Delete kept weights but for those of the best look so far, now and as of each PPO checkpoint that a run may resume from."""
+        ends = [*saved_steps(self._run.path / "checkpoints" / "ppo"), math.inf]
+        known = [[look for look in self.looks if look.round <= end] for end in ends]
+        needed = {best_of(looks).round for looks in known if looks}
+        for round in saved_steps(self._folder):
+            if round not in needed:
+                shutil.rmtree(checkpoint_path(self._folder, round))
+
+    # --- the end
+
+    def kept_round(self, last: int) -> int:
+        return best_of(self.looks).round if self._config.guard.keep == "best" else last
+
+    def conclude(self, last: int) -> None:
+        """Put the kept weights into the role `policy` after round `last`, and say what was done."""
+        kept, planned = self.kept_round(last), self._config.ppo.iterations
+        if kept != last:
+            self._roles.load_state("policy", load_checkpoint(self._folder, kept).tensors["policy"])
+        what = "the policy of the last round is kept" if kept == last else f"the policy of round {kept} is kept"
+        if last < planned:
+            waited = looks_since_best(self.looks, self._warmup)
+            self._progress.note(
+                f"PPO stopped after round {last} of {planned}: {waited} looks at held-out demonstrations in a row were no better than "
+                f"the one of round {best_of(self.looks).round} (guard.patience); {what}"
+            )
+        elif 0 < kept < last:
+            self._progress.note(f"guard: held-out demonstrations were likeliest after round {kept} of {planned}; {what}")
+        if kept == 0 and last > self._warmup:
+            self._progress.warn(
+                "PPO did not improve on the SFT: by the guard's measure (likelihood of held-out demonstrations) no round was better than "
+                "the SFT itself, so the SFT's weights are kept as the policy. A larger reward.kl_coef, a smaller ppo.learning_rate or an "
+                "earlier share as reward.checkpoint may help; guard.keep: last keeps the last round's policy all the same"
+            )
+
+    def outcome(self, last: int) -> dict[str, Any]:
+        """For stages/ppo.json."""
+        return {"stopped_early": last < self._config.ppo.iterations, "kept_round": self.kept_round(last), "rounds": last}
+
+
+def _alarm_words(looks: Sequence[Look]) -> str:
+    first, before, now = looks[0], looks[-2], looks[-1]
+    auc = "" if first.auc is None else f", {first.auc:.2f} in round {first.round}"
+    return (
+        f"over-optimisation: from round {before.round} to {now.round} the reward rose from {before.reward:.2f} to {now.reward:.2f} nats, "
+        f"while held-out demonstrations became less likely ({before.heldout_nll_response:.2f} to {now.heldout_nll_response:.2f} nats a "
+        f"response), and the reward prefers them to the policy's samples in a share of {now.auc:.2f} of pairs{auc}. "
+        "Use a larger reward.kl_coef, or an earlier share of sft.checkpoints_at as reward.checkpoint"
+    )
