@@ -115,7 +115,7 @@ class StopAt(Interrupt):
 def job(folder: Path, kind: str = "full", name: str = "run", **changes: Any) -> RunConfig:
     small = {"prompts_per_iteration": 3, "samples_per_prompt": 1, "epochs": 1, "minibatches": 1, "iterations": 4, "checkpoint_every": 2}
     values = {f"ppo__{k}": v for k, v in small.items()} | {"guard__every": 1, "guard__samples": 2, "rollout__max_new_tokens": 4}
-    values |= {"guard__stop": True, "guard__keep": "best", "ppo__critic_warmup": 0, "diagnose__enabled": False}
+    values |= {"guard__stop": True, "guard__patience": 2, "guard__keep": "best", "ppo__critic_warmup": 0, "diagnose__enabled": False}
     return tiny_job(folder, "llama", kind, output=str(folder / name), **(values | changes))
 
 

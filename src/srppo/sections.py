@@ -337,7 +337,7 @@ class GuardConfig(Section):
     """Held-out demonstrations, at most."""
     stop: bool = True
     """Stop PPO when `patience` looks in a row brought nothing better."""
-    patience: int = Field(default=2, ge=1)
-    """Looks without a better one before the stop."""
+    patience: int = Field(default=4, ge=1)
+    """Looks without a better one before the stop. PPO often dips in its first rounds and recovers: two would be too few."""
     keep: Literal["best", "last"] = "best"
     """The policy that is kept: of the best look (the SFT itself included), or of the last round."""

@@ -18,7 +18,8 @@ from srppo.diagnose.statistics import (
 )
 from srppo.rewards import CoherentReward
 
-LEAST_EFFECTIVE = 0.75  # below it, PPO at this beta would go where the samples cannot see; found in the lab, docs/diagnose.md
+LEAST_EFFECTIVE = 0.5  # below it, PPO at this beta would go where the samples cannot see
+FLAT = 0.005  # nats a response
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,11 @@ def weigh_pair(
 
 
 def suggest_beta(pair: Pair) -> float:
-    """The smallest beta, the furthest past the start, that the held-out demonstrations and the samples still allow.
-
-    Allowed: the predicted gain is not below zero, nor below the best one's by more than its standard error, and the samples can judge
-    it (effective share LEAST_EFFECTIVE or more). Where no beta is allowed: the one with the best gain, which is then negative.
-    Why the smallest: on prompts like the demonstrations the SFT has mostly learned what there is, so the gain there is flat in beta
-    long before it is exhausted elsewhere; measured in the lab, docs/diagnose.md.
-    """
-    best = max(pair.gains, key=lambda b: (pair.gains[b].mean(), b))
-    floor = max(0.0, pair.gains[best].mean() - standard_error(pair.gains[best]))
-    allowed = [b for b in pair.gains if pair.gains[b].mean() >= floor and pair.effective[b] >= LEAST_EFFECTIVE]
-    return min(allowed, default=best)
+    """The beta with the highest predicted gain among those the samples can judge (effective share LEAST_EFFECTIVE or more; the largest
+    beta always counts); of gains equal to FLAT nats the largest beta, which moves the policy least."""
+    judged = [b for b in pair.gains if pair.effective[b] >= LEAST_EFFECTIVE] or [max(pair.gains)]
+    top = max(float(pair.gains[b].mean()) for b in judged)
+    return max(b for b in judged if pair.gains[b].mean() >= top - FLAT)
 
 
 def choose_pair(pairs: Sequence[Pair]) -> Pair | None:

@@ -8,6 +8,7 @@ FEW = 12  # held-out prompts below which nothing is sure
 LENGTH_RANK, LENGTH_CHANGE = 0.5, 1.25
 EOS_SHARE = 0.5
 ENDS = 0.8
+NOTHING, TAIL = 0.1, 1.25  # of the reward on prompts like the demonstrations: mean, and 95 % quantile
 Finding = tuple[Verdict, str]
 RANK: dict[Verdict, int] = {"go": 0, "caution": 1, "no-go": 2}
 
@@ -61,8 +62,9 @@ def _gain(card: RewardCard) -> list[Finding]:
     if gain.value is None or gain.low is None or gain.high is None:
         return []
     figures = f"{gain.value:+.2f} nats a response ({gain.low:+.2f} to {gain.high:+.2f})"
-    if gain.high <= 0:
-        return [("no-go", f"At beta {beta:g} PPO would make held-out demonstrations less likely: {figures}.")]
+    if gain.value <= 0:
+        chosen = "Even at the gentlest beta" if "reward.kl_coef" in card.decision.automatic else "At the recipe's beta"
+        return [("no-go", f"{chosen}, {beta:g}, PPO would make held-out demonstrations less likely: {figures}.")]
     if gain.low <= 0:
         return [("caution", f"Whether PPO at beta {beta:g} makes held-out demonstrations likelier is not clear: {figures}.")]
     return [("go", f"At beta {beta:g} PPO should make held-out demonstrations likelier: {figures}.")]
@@ -110,19 +112,31 @@ def _ending(card: RewardCard) -> list[Finding]:
 
 
 def _shift(card: RewardCard) -> list[Finding]:
-    """Groups of prompts on which the samples' reward lies far below that on the held-out prompts."""
+    """Groups of prompts on which the samples earn next to nothing, or more than on prompts like the demonstrations."""
     own = next((s for s in card.spreads if s.author == "sft" and s.group == "held-out"), None)
     if own is None:
         return []
-    return [
-        (
-            "caution",
-            f"On {s.group} the SFT model's samples earn {s.mean:.1f} nats, on the held-out demonstrations' prompts {own.mean:.1f}: "
-            "these prompts are unlike the demonstrations, and the reward may not carry over.",
-        )
-        for s in card.spreads
-        if s.author == "sft" and s is not own and s.n and s.mean < own.quantiles[0]
-    ]
+    out: list[Finding] = []
+    for s in card.spreads:
+        if s.author != "sft" or s is own or not s.n:
+            continue
+        if s.mean < NOTHING * own.mean:
+            out.append(
+                (
+                    "caution",
+                    f"On {s.group} the SFT model's samples earn {s.mean:.2f} nats, on prompts like the demonstrations {own.mean:.2f}: "
+                    "fine-tuning hardly changed how it answers there, so the reward has little to say.",
+                )
+            )
+        if s.quantiles[-1] > TAIL * max(own.quantiles[-1], 0.0):
+            out.append(
+                (
+                    "caution",
+                    f"On {s.group} the best-paid samples earn more ({s.quantiles[-1]:.1f} nats) than on prompts like the demonstrations "
+                    f"({own.quantiles[-1]:.1f}): the reward is surest where nothing was shown, which a longer SFT brings about.",
+                )
+            )
+    return out
 
 
 def _size(card: RewardCard) -> list[Finding]:

@@ -101,6 +101,7 @@ def recipe(folder: str | Path, seed: int, output: str | Path = "runs/demo", stre
             "keep": "last",  # so few steps have no better checkpoint on the way
         },
         "reward": {
+            "checkpoint": "sft",  # the paper's
             "placement": "eos",  # the paper's
             "kl_anchor": "sft",
             "kl_coef": 1.0,  # the optimum squares the SFT odds; reweighted samples are right most often at .7 to 1
