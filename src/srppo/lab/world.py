@@ -121,6 +121,8 @@ def recipe(folder: str | Path, seed: int, output: str | Path = "runs/demo", stre
             "critic_learning_rate": 3e-4,  # its head starts from nothing and has 25 rounds to learn
             "checkpoint_every": 0,  # a run of two minutes needs no more than the last state
         },
+        "diagnose": {"on_no_go": "warn"},  # a demonstration goes on, and shows what the card foretold
+        "guard": {"keep": "last", "stop": False},  # it watches only: the table shows what 25 rounds do
         "evaluation": {
             "prompts": str(folder / "eval.jsonl"),
             "scorer": "exact_match",

@@ -1,0 +1,110 @@
+"""Does the guard keep PPO from ending below the SFT, and what does it cost where PPO helps? In the lab, five seeds. One command:
+
+python benchmarks/guard_lab.py --seeds 300 301 302 303 304 --runs runs/guard_lab
+
+Two settings, each with the guard (its defaults) and without: the over-optimised one (heavy SFT, beta 0.3) and the demo's (light SFT,
+beta 1). Writes benchmarks/results/guard_lab.json and docs/results/guard.md. Finished runs are taken from their folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from srppo.config import build, merge
+from srppo.intervals import bootstrap_interval
+from srppo.job import align
+from srppo.lab.world import recipe, write_world
+from srppo.progress import make_progress
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/guard_lab.json"
+PAGE = ROOT / "docs/results/guard.md"
+SETTINGS: dict[str, tuple[Literal["light", "heavy"], float]] = {"over-optimised": ("heavy", 0.3), "the demo's": ("light", 1.0)}
+GROUPS = {"with_demonstrations": "with", "without_demonstrations": "without"}
+
+
+def run(seed: int, name: str, guarded: bool, runs: Path) -> dict[str, Any]:
+    strength, beta = SETTINGS[name]
+    world, folder = runs / f"world-{seed}", runs / f"{seed}-{strength}-{'guard' if guarded else 'none'}"
+    if not (folder / "summary.json").is_file():
+        if not (world / "eval.jsonl").is_file():
+            write_world(world, seed)
+        changes = {
+            "reward.kl_coef": beta,
+            "diagnose.enabled": False,
+            "evaluation.every": 0,
+            "evaluation.samples": 2,
+            "evaluation.continued_sft": False,
+            **({"guard.keep": "best", "guard.stop": True} if guarded else {"guard.every": 0}),
+        }
+        config = build(merge(recipe(world, seed, folder, strength), changes))
+        align(config, overwrite=folder.exists(), progress=make_progress("quiet"))
+    summary = json.loads((folder / "summary.json").read_text())
+    return {
+        "seed": seed,
+        "setting": name,
+        "guard": guarded,
+        "sft": {g: summary["sft"][g]["sampled"] for g in GROUPS},
+        "srppo": {g: summary["srppo"][g]["sampled"] for g in GROUPS},
+        "lengths": {g: [summary[s][g]["mean_length"] for s in ("sft", "srppo")] for g in GROUPS},
+        "gain": {g: summary["srppo_gain"]["sft"][g] for g in GROUPS},
+        "ppo": {k: summary["ppo_training"].get(k) for k in ("kept_round", "rounds", "stopped_early")},
+        "seconds": summary["wall_seconds"],
+    }
+
+
+def percent(values: list[float]) -> str:
+    low, high = bootstrap_interval(values)
+    return f"{100 * np.mean(values):.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    seeds, seconds = sorted({r["seed"] for r in rows}), np.mean([r["seconds"] for r in rows])
+    lines = [
+        "# The guard during PPO",
+        "",
+        f"`python benchmarks/guard_lab.py --seeds {' '.join(map(str, seeds))}`: the embedded world, sampled accuracy in percent,",
+        f"mean and 95 % bootstrap interval over {len(seeds)} seeds; 25 rounds at most, {seconds:.0f} s a run with one thread.",
+        "",
+        "| setting | guard | SFT with / without | PPO with | PPO without | change without, per seed | kept round, per seed | rounds run |",
+        "|" + "---|" * 8,
+    ]
+    for name, (strength, beta) in SETTINGS.items():
+        for guarded in (False, True):
+            own = sorted((r for r in rows if r["setting"] == name and r["guard"] == guarded), key=lambda r: r["seed"])
+            if not own:
+                continue
+            before = " / ".join(f"{100 * np.mean([r['sft'][g] for r in own]):.1f}" for g in GROUPS)
+            after = " | ".join(percent([r["srppo"][g] for r in own]) for g in GROUPS)
+            changes = ", ".join(f"{100 * r['gain']['without_demonstrations']['gain']:+.1f}" for r in own)
+            kept = ", ".join(str(r["ppo"]["kept_round"]) for r in own) if guarded else "last"
+            ran = ", ".join(str(r["ppo"]["rounds"]) for r in own) if guarded else "25"
+            lines.append(
+                f"| {name}: {strength} SFT, β = {beta:g} | {'on' if guarded else 'off'} | {before} | {after} | {changes} | {kept} | {ran} |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[300, 301, 302, 303, 304])
+    parser.add_argument("--runs", type=Path, default=Path("runs/guard_lab"))
+    options = parser.parse_args()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in options.seeds:
+        for name in SETTINGS:
+            for guarded in (True, False):
+                rows.append(run(seed, name, guarded, options.runs))
+                print(json.dumps(rows[-1]), flush=True)
+        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+        PAGE.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()
