@@ -49,7 +49,7 @@ def after_interrupt(output: str | None) -> str:
         return "srppo: interrupted"
     if not is_run(output):
         return "srppo: interrupted before anything was saved"
-    saved = [p for p in Path(output).glob("checkpoints/*/checkpoint-*") if p.is_dir()]
+    saved = [p for p in Path(output).glob("checkpoints/*/checkpoint-*") if p.is_dir() and p.parent.name != "guard-best"]
     newest = max(saved, key=lambda p: p.stat().st_mtime, default=None)
     kept = f"the state of {newest} is kept" if newest else "finished stages are kept, the stage it was in starts again"
     words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
