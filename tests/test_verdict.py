@@ -1,0 +1,75 @@
+"""The card's verdict: each reason from a card that has only that against it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from srppo.diagnose.reward_card import BetaRow, Decision, Estimate, LengthBias, Preference, RewardCard, RewardSpread
+from srppo.diagnose.verdict import judge_reward
+
+GOOD = Estimate(0.9, 0.8, 1.0, 20)
+GAIN = Estimate(0.2, 0.1, 0.3, 20)
+BIAS = LengthBias(0.1, 0.01, 0.1, 0.3, 0.9, 0.2)
+
+
+def spread(group: str, mean: float = 1.0, tail: float = 2.0, length: float = 10.0, ends: float = 1.0) -> RewardSpread:
+    return RewardSpread("sft", group, mean, 0.5, [0.1, 0.5, 1.0, 1.5, tail], length, ends, 100)
+
+
+def card(**changes: Any) -> RewardCard:
+    """A card with nothing against it."""
+    decision = Decision("sft", "sft", 1.0, GAIN, ["reward.kl_coef"])
+    rows = [BetaRow(1.0, g, 0.8, 0.2, 1.5, 10.0) for g in ("held-out", "other")]
+    spreads = [spread("held-out"), spread("other")]
+    whole = RewardCard("go", [], decision, [Preference("sft", "all", GOOD, GOOD)], BIAS, rows, spreads, [], [], [], 20, 48, 8)
+    return replace(whole, **changes)
+
+
+def deciding(gain: Estimate, automatic: bool = True) -> Decision:
+    return Decision("sft", "sft", 1.0, gain, ["reward.kl_coef"] if automatic else [])
+
+
+def preferring(*figures: float) -> list[Preference]:
+    return [Preference("sft", "all", Estimate(*figures, 20), GOOD)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "words"),
+    [
+        ({}, "go", "prefers a held-out demonstration to the SFT model's own samples in 90 %"),
+        ({"preferences": preferring(0.3, 0.2, 0.45)}, "no-go", "only in 30 %"),
+        ({"preferences": preferring(0.6, 0.4, 0.7)}, "caution", "perhaps no better than chance"),
+        ({"preferences": [Preference("sft", "all", Estimate(None), GOOD)]}, "go", "nothing is left to gain"),
+        ({"preferences": []}, "caution", "no held-out demonstrations"),
+        ({"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20))}, "no-go", "Even at the gentlest beta, 1, PPO would make"),
+        ({"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20), automatic=False)}, "no-go", "At the recipe's beta, 1"),
+        ({"decision": deciding(Estimate(0.1, -0.1, 0.3, 20))}, "caution", "is not clear: \\+0.10"),
+        ({"decision": deciding(Estimate(None))}, "go", "prefers"),
+        ({"length_bias": replace(BIAS, eos_share=0.7)}, "caution", "70 % of the reward sits in the EOS token"),
+        ({"spreads": [spread("held-out"), spread("other", ends=0.5)]}, "caution", "Only 50 % of the SFT model's samples on other end"),
+        ({"spreads": [spread("held-out"), spread("other", mean=0.05)]}, "caution", "hardly changed how it answers there"),
+        ({"spreads": [spread("held-out"), spread("other", tail=2.6)]}, "caution", "surest where nothing was shown"),
+        ({"heldout": 5}, "caution", "Only 5 held-out demonstrations"),
+    ],
+)
+def test_each_reason(changes: dict[str, Any], verdict: str, words: str) -> None:
+    found, reasons = judge_reward(card(**changes))
+    assert found == verdict and any(re.search(words, r) for r in reasons), reasons
+
+
+@pytest.mark.parametrize(
+    ("length", "rank", "verdict"), [(14.0, 0.6, "caution"), (7.0, -0.6, "caution"), (14.0, 0.3, "go"), (11.0, 0.9, "go")]
+)
+def test_length_bias_needs_both_a_reward_and_a_change(length: float, rank: float, verdict: str) -> None:
+    rows = [BetaRow(1.0, "held-out", 0.8, 0.2, 1.5, 10.0), BetaRow(1.0, "other", 0.8, 0.2, 1.5, length)]
+    found, reasons = judge_reward(card(betas=rows, length_bias=replace(BIAS, spearman_within=rank)))
+    assert (found == verdict and ("longer" if length > 10 else "shorter") in " ".join(reasons)) or verdict == "go"
+
+
+def test_the_gravest_reason_is_first() -> None:
+    found, reasons = judge_reward(card(heldout=5, preferences=preferring(0.3, 0.2, 0.45)))
+    assert found == "no-go" and "only in 30 %" in reasons[0] and "Only 5" in reasons[1]
