@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import srppo
 from srppo.config import RunConfig, build, merge
 from srppo.diagnose import Checkpoints
 from srppo.diagnose.candidates import Pair, choose_pair, suggest_beta
@@ -108,7 +109,7 @@ def test_no_go_stops_and_can_be_overruled(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_earlier_start_is_put_in_place_of_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the card chooses share-0.5, sft/ and everything after go by it; a second look at the run finds the same candidates."""
+    """When the card chooses share-0.5, sft/ and everything after go by it; a later look at the run finds it there."""
     monkeypatch.setattr("srppo.diagnose.inquiry.choose_pair", lambda pairs: next(p for p in pairs if p.start == "share-0.5"))
     config = tiny_job(tmp_path, diagnose__on_no_go="warn", **SMALL)
     align(config, **QUIET)
@@ -118,7 +119,7 @@ def test_an_earlier_start_is_put_in_place_of_sft(tmp_path: Path, monkeypatch: py
     first = next(r for r in rounds if r["stage"] == "ppo" and r.get("iteration") == 1)
     assert first["objective/kl_sft"] == pytest.approx(0, abs=1e-5)  # the policy starts at what sft is now
     again = run_diagnose(config, resume=True, **QUIET)
-    assert {c["start"] for c in again["candidates"]} == {"share-0.5", "share-1"}
+    assert [(c["start"], c["numerator"]) for c in again["candidates"]] == [("share-0.5", "share-0.5")]  # what PPO used
 
 
 def test_diagnose_alone_then_align(tmp_path: Path) -> None:
@@ -184,3 +185,97 @@ def test_auto_without_a_card_is_the_default(tmp_path: Path) -> None:
     assert first_beta(build({}).reward) == 1.0
     with pytest.raises(Exception, match="auto, 0 or above"):
         build({"reward": {"kl_coef": -1}})
+
+
+# --- what the run folder holds, and what of it a second look may change
+
+
+def first_looked_at(card: dict[str, Any]) -> list[float]:
+    return [round(c["start_nll"], 6) for c in card["candidates"]]
+
+
+def take(monkeypatch: pytest.MonkeyPatch, start: str) -> None:
+    monkeypatch.setattr("srppo.diagnose.inquiry.choose_pair", lambda pairs: next(p for p in pairs if p.start == p.numerator == start))
+
+
+def test_the_sft_row_is_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SFT evaluated first, PPO later: where the card moves the start, the SFT is evaluated anew."""
+    take(monkeypatch, "share-0.5")
+    config = tiny_job(tmp_path, diagnose__on_no_go="warn", **SMALL)
+    srppo.run_sft(config, **QUIET)
+    stage = tmp_path / "run/stages/evaluate-sft.json"
+    before = json.loads(stage.read_text())["heldout_nll"]
+    srppo.run_ppo(config, resume=True, **QUIET)
+    sft = json.loads((tmp_path / "run/stages/sft.json").read_text())
+    half = next(c["heldout_nll"] for c in sft["checkpoints"] if c["share"] == 0.5)
+    assert before != json.loads(stage.read_text())["heldout_nll"] == pytest.approx(half, abs=1e-5)
+
+
+def test_a_second_card_sees_the_same_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(monkeypatch, "share-0.5")
+    config = tiny_job(tmp_path, diagnose__on_no_go="warn", **SMALL)
+    first, second = run_diagnose(config, **QUIET), run_diagnose(config, resume=True, **QUIET)
+    assert first_looked_at(first) == first_looked_at(second) and len(set(first_looked_at(first))) == 2
+    monkeypatch.setattr("srppo.job.ppo_stage", lambda space: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # obeyed, then stopped before PPO
+        align(config, resume=True, **QUIET)
+    assert first_looked_at(run_diagnose(config, resume=True, **QUIET)) == first_looked_at(first)
+    take(monkeypatch, "share-1")
+    run_diagnose(config, resume=True, **QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        align(config, resume=True, **QUIET)
+    one, other = (tmp_path / f"run/{name}/model.safetensors" for name in ("sft", "sft_checkpoints/share-1"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_once_ppo_has_begun_a_card_decides_nothing(tmp_path: Path) -> None:
+    config = tiny_job(tmp_path, diagnose__on_no_go="warn", **SMALL)
+    align(config, **QUIET)
+    stage = (tmp_path / "run/stages/diagnose.json").read_text()
+    used = json.loads(stage)["decision"]
+    card = run_diagnose(changed(config, diagnose__betas=[3.0, 5.0]), resume=True, **QUIET)
+    assert (tmp_path / "run/stages/diagnose.json").read_text() == stage
+    assert (card["decision"]["beta"], card["decision"]["start"], card["decision"]["automatic"]) == (used["beta"], used["start"], [])
+    align(config, resume=True, **QUIET)  # other diagnose settings do not lock a run
+
+
+def test_a_prompt_without_room_for_an_answer_is_left_out(tmp_path: Path) -> None:
+    config = tiny_job(tmp_path, data__heldout=21, data__max_tokens=512, data__max_prompt_tokens=511, sft__steps=1, **SMALL)
+    path = Path(config.data.demonstrations)
+    long = {"prompt": "a" * 507 + ":", "completion": "b"}
+    path.write_text(path.read_text() * 2 + json.dumps(long) + "\n", encoding="utf-8")
+    rows = [{"prompt": f"tell {i}:", "completion": f" {i}"} for i in range(6)]
+    path.write_text(path.read_text() + "".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    assert run_diagnose(config, **QUIET)["heldout"] > 0
+
+
+def test_another_anchor_has_no_predicted_gain(tmp_path: Path) -> None:
+    card = run_diagnose(tiny_job(tmp_path, reward__kl_anchor="base", **SMALL), **QUIET)
+    assert card["betas"] == [] and card["decision"]["gain"]["value"] is None and card["decision"]["beta"] == 1.0
+    assert not any("logits" in p["name"] for p in card["preview"])
+
+
+def test_a_scorer_that_fits_not_every_row_is_left_out(tmp_path: Path) -> None:
+    config = tiny_job(tmp_path, evaluation__scorer="exact_match", **SMALL)
+    path = Path(config.data.prompts or "")
+    path.write_text("".join(json.dumps({"prompt": f"say {i}?", **({"answer": "1"} if i % 2 else {})}) + "\n" for i in range(20)))
+    card = run_diagnose(config, **QUIET)
+    assert all(row["accuracy"] is None for row in card["betas"] if row["group"] != "held-out")
+
+
+def test_a_path_as_numerator_without_ppo(tmp_path: Path) -> None:
+    srppo.run_sft(tiny_job(tmp_path, output=str(tmp_path / "first")), **QUIET)
+    config = tiny_job(tmp_path, ppo__iterations=0, reward__checkpoint=str(tmp_path / "first/sft"), **SMALL)
+    assert run_diagnose(config, **QUIET)["decision"]["numerator"] == "reward"
+
+
+def test_only_the_listed_betas_are_looked_at(tmp_path: Path) -> None:
+    card = run_diagnose(tiny_job(tmp_path, **{**SMALL, "diagnose__betas": [2.0, 4.0]}), **QUIET)
+    assert {row["beta"] for row in card["betas"]} == {2.0, 4.0} and card["decision"]["beta"] in (2.0, 4.0)
+
+
+def test_a_no_go_leaves_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srppo.diagnose.inquiry.judge_reward", lambda card: ("no-go", ["It would do harm."]))
+    with pytest.raises(RewardRefused, match=r"report.html"):
+        align(tiny_job(tmp_path, **SMALL), **QUIET)
+    assert "It would do harm." in (tmp_path / "run/report.html").read_text()

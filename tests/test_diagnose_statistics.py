@@ -49,7 +49,7 @@ def test_estimates_leave_out_prompts_that_do_not_tell() -> None:
     found = estimate(values)
     assert (found.value, found.n) == (2.0, 2) and found.low == 1.0 and found.high == 3.0
     assert estimate(np.array([np.nan])).value is None and estimate(np.zeros(0)).n == 0
-    assert standard_error(values) == pytest.approx(stats.sem([1.0, 3.0])) and standard_error(np.array([1.0])) == 0
+    assert standard_error(values) == pytest.approx(stats.sem([1.0, 3.0])) and standard_error(np.array([1.0])) == math.inf
 
 
 def test_weights_and_their_size() -> None:

@@ -53,6 +53,7 @@ def preferring(*figures: float) -> list[Preference]:
         ({"spreads": [spread("held-out"), spread("other", ends=0.5)]}, "caution", "Only 50 % of the SFT model's samples on other end"),
         ({"spreads": [spread("held-out"), spread("other", mean=0.05)]}, "caution", "hardly changed how it answers there"),
         ({"spreads": [spread("held-out"), spread("other", tail=2.6)]}, "caution", "surest where nothing was shown"),
+        ({"preferences": [Preference("sft", "all", Estimate(0.3, 0.2, 0.45, 4), GOOD)]}, "caution", "perhaps no better than chance"),
         ({"heldout": 5}, "caution", "Only 5 held-out demonstrations"),
     ],
 )
@@ -71,5 +72,10 @@ def test_length_bias_needs_both_a_reward_and_a_change(length: float, rank: float
 
 
 def test_the_gravest_reason_is_first() -> None:
+    found, reasons = judge_reward(card(decision=deciding(Estimate(0.1, -0.1, 0.3, 20)), preferences=preferring(0.3, 0.2, 0.45)))
+    assert found == "no-go" and "only in 30 %" in reasons[0] and "is not clear" in reasons[1]
+
+
+def test_a_handful_of_demonstrations_stops_nothing() -> None:
     found, reasons = judge_reward(card(heldout=5, preferences=preferring(0.3, 0.2, 0.45)))
-    assert found == "no-go" and "only in 30 %" in reasons[0] and "Only 5" in reasons[1]
+    assert found == "caution" and "only in 30 %" in reasons[0] and "Only 5" in reasons[1]

@@ -182,7 +182,9 @@ def diagnose(
     if as_json:
         import json
 
-        click.echo(json.dumps(card, ensure_ascii=False, allow_nan=False))
+        from srppo.files import plain
+
+        click.echo(json.dumps(plain(card), ensure_ascii=False, allow_nan=False))
 
 
 @cli.command(cls=RunCommand, short_help="Evaluate a run again, or another model by its rules.")

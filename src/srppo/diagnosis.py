@@ -6,13 +6,19 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from srppo.card import model_card
+from srppo.config import RunConfig
 from srppo.diagnose import Checkpoints, RewardCard, diagnose, share_name, tell
+from srppo.diagnose.evidence import OTHER
 from srppo.errors import RewardRefused
+from srppo.methods.srppo import first_beta
 from srppo.stages import finish, outcome
+from srppo.train.checkpoint import saved_steps
 from srppo.train.interrupt import Interrupted, StopRequested
 from srppo.workspace import Workspace
 
 STAGE = "diagnose"
+MOVED = "start"  # stages/start.json: which checkpoint the card has put in place of sft/
+UNKNOWN = "unknown"
 
 
 def diagnosis_stage(space: Workspace) -> Workspace:
@@ -21,22 +27,25 @@ def diagnosis_stage(space: Workspace) -> Workspace:
 
     Raises RewardRefused on no-go, unless diagnose.on_no_go is warn, and Interrupted after Ctrl-C.
     """
-    if not space.config.diagnose.enabled:
-        return space
     done = outcome(space, STAGE)
+    if done is None and not space.config.diagnose.enabled:
+        return space
     if done is None:
         card = make_card(space)
         tell(card, space.progress)
         done = note_card(space, card)
     obeyed = obey(space, done["decision"])
-    if done["verdict"] == "no-go":
+    if done["verdict"] == "no-go" and outcome(space, "ppo") is None:
         _refuse(obeyed, done["reasons"])
     return obeyed
 
 
 def make_card(space: Workspace) -> RewardCard:
-    """Make the card and write diagnose.json. The roles are left as they were."""
-    loaded, config = space.loaded, space.config
+    """Make the card and write diagnose.json. The roles are left as they were.
+
+    Once PPO has begun nothing is left open: the card then looks at what PPO uses.
+    """
+    loaded, config = space.loaded, (_as_used(space) if ppo_begun(space) else space.config)
     try:
         card = diagnose(
             loaded.roles,
@@ -57,6 +66,24 @@ def make_card(space: Workspace) -> RewardCard:
     return card
 
 
+def ppo_begun(space: Workspace) -> bool:
+    """Whether PPO has left anything that a resumed run goes on from."""
+    return outcome(space, "ppo") is not None or bool(saved_steps(space.run.path / "checkpoints" / "ppo"))
+
+
+def _as_used(space: Workspace) -> RunConfig:
+    """The configuration with the values PPO uses in place of every `auto`."""
+    found = (outcome(space, STAGE) or {}).get("decision") or {"automatic": []}
+    reward = _decided(space.config, found).reward
+    settled = {"kl_coef": first_beta(reward), "checkpoint": "sft" if reward.checkpoint == "auto" else reward.checkpoint}
+    return space.config.model_copy(
+        update={
+            "reward": reward.model_copy(update=settled),
+            "sft": space.config.sft.model_copy(update={"keep": "last"}),
+        }
+    )
+
+
 def note_card(space: Workspace, card: RewardCard) -> dict[str, Any]:
     """Finish the stage: what PPO goes by from here on."""
     return finish(space, STAGE, {"verdict": card.verdict, "reasons": card.reasons, "decision": asdict(card.decision)})
@@ -72,34 +99,60 @@ def checkpoints(space: Workspace) -> Checkpoints:
     kept = share_name(trained["kept"]["share"])
     others = [share_name(share) for step, share in sorted(steps.items()) if step != trained["kept"]["step"]]
     folders = {share_name(c["share"]): str(space.run.path / c["folder"]) for c in trained["checkpoints"]}
-    held = ((outcome(space, STAGE) or {}).get("decision") or {}).get("start", kept)
-    return Checkpoints([*others, kept], {held: "sft", **roles}, {n: f for n, f in folders.items() if n != held})
+    held = _held(space) or kept
+    if isinstance(space.config.reward.checkpoint, str) and space.config.reward.checkpoint not in ("auto", "sft") and not roles:
+        folders[OTHER] = space.config.reward.checkpoint
+    names = [*others, kept]
+    if ppo_begun(space):  # the default is what it started from
+        names = [*(n for n in names if n != held), held]
+    return Checkpoints(names, {} if held == UNKNOWN else {held: "sft", **roles}, {n: f for n, f in folders.items() if n != held})
+
+
+def _held(space: Workspace) -> str | None:
+    """The checkpoint that the role `sft` and the folder sft/ hold since the card moved them; UNKNOWN where it was stopped in doing so."""
+    return (outcome(space, MOVED) or {}).get("held")
 
 
 def obey(space: Workspace, decision: dict[str, Any]) -> Workspace:
     """Put the card's decisions in place of every `auto`."""
-    config, roles = space.config, space.loaded.roles
-    automatic = set(decision["automatic"])
-    if "sft.keep" in automatic:
+    if "sft.keep" in decision["automatic"]:
         kept = share_name(outcome(space, "sft")["kept"]["share"])  # type: ignore[index]  # automatic only after a training
-        if decision["start"] != kept:
-            roles.drop("sft")
-            roles.load("sft", space.run.path / f"sft_checkpoints/{decision['start']}")
-            roles.save("sft", space.run.path / "sft", card=model_card(config, "sft"))
+        if decision["start"] != (_held(space) or kept):
+            _move(space, decision["start"])
+    return replace(space, config=_decided(space.config, decision))
+
+
+def _move(space: Workspace, start: str) -> None:
+    """Put another checkpoint in place of `sft` and sft/. A stop on the way is mended by the next run."""
+    roles, run = space.loaded.roles, space.run
+    finish(space, MOVED, {"held": UNKNOWN})
+    for stale in ("stages/evaluate-sft.json", "evaluation/sft.jsonl"):  # they speak of the checkpoint that was there
+        (run.path / stale).unlink(missing_ok=True)
+    roles.drop("sft")
+    roles.load("sft", run.path / f"sft_checkpoints/{start}")
+    roles.save("sft", run.path / "sft", card=model_card(space.config, "sft"))
+    finish(space, MOVED, {"held": start})
+
+
+def _decided(config: RunConfig, decision: dict[str, Any]) -> RunConfig:
+    """The configuration with the card's reward settings in place of `auto`."""
     changes: dict[str, Any] = {}
-    if "reward.checkpoint" in automatic:
+    if "reward.checkpoint" in decision["automatic"]:
         same = decision["numerator"] == decision["start"]
         changes["checkpoint"] = "sft" if same else float(decision["numerator"].removeprefix("share-"))
-    if "reward.kl_coef" in automatic:
+    if "reward.kl_coef" in decision["automatic"]:
         changes["kl_coef"] = decision["beta"]
-    return replace(space, config=config.model_copy(update={"reward": config.reward.model_copy(update=changes)}))
+    return config.model_copy(update={"reward": config.reward.model_copy(update=changes)})
 
 
 def _refuse(space: Workspace, reasons: list[str]) -> None:
     if space.config.diagnose.on_no_go == "warn":
         space.progress.warn("the reward card says no-go; PPO is run all the same, as diagnose.on_no_go says")
         return
+    from srppo.report import write_report  # plotting is slow to import and needed only here
+
+    write_report(space.run.path)
     raise RewardRefused(
-        f"the reward card says no-go, so PPO was not run. {reasons[0]} The card is in {space.run.path / 'diagnose.json'}. "
+        f"the reward card says no-go, so PPO was not run. {reasons[0]} The card is in {space.run.path / 'report.html'}. "
         "To run PPO all the same: add --resume --diagnose.on_no_go warn"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from srppo.config import RunConfig, build, merge
 from srppo.diagnose import tell
-from srppo.diagnosis import diagnosis_stage, make_card, note_card
+from srppo.diagnosis import diagnosis_stage, make_card, note_card, ppo_begun
 from srppo.environment import versions
 from srppo.errors import ConfigError
 from srppo.files import read_lines
@@ -30,7 +30,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
     Raises SrppoError for bad input, RewardRefused where the card says no-go, Interrupted after Ctrl-C with the state saved.
     """
     progress = progress or make_progress("live")
-    with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose.on_no_go",)) as space:
+    with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose",)) as space:
         evaluation_stage(space, "base")
         sft_stage(space)
         if config.ppo.iterations:
@@ -51,7 +51,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
 def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Supervised fine-tuning alone, with its evaluation beside the base's."""
     progress = progress or make_progress("live")
-    with open_workspace(config, progress, resume=resume, overwrite=overwrite) as space:
+    with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose",)) as space:
         evaluation_stage(space, "base")
         sft_stage(space)
         evaluation_stage(space, "sft")
@@ -65,7 +65,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False,
         raise ConfigError(
             f"there is no SFT model to start PPO from: set sft.checkpoint, or run `srppo sft` into {config.output} first and add --resume"
         )
-    with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose.on_no_go",)) as space:
+    with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose",)) as space:
         sft_stage(space)
         space = diagnosis_stage(space)
         for stage in ("base", "sft"):
@@ -85,7 +85,9 @@ def run_diagnose(config: RunConfig, *, resume: bool = False, overwrite: bool = F
     with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose",)) as space:
         sft_stage(space)
         card = make_card(space)
-        if outcome(space, "ppo") is None:
+        if ppo_begun(space):
+            progress.note("PPO has begun on this run, so the card looks at what it uses and decides nothing")
+        else:
             note_card(space, card)
         tell(card, progress)
         from srppo.report import write_report  # plotting is slow to import and needed only here

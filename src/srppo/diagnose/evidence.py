@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from srppo.records import Example, Prompt, Rollout
 from srppo.rewards import CoherentReward
 from srppo.rollout.engine import Sampling
 from srppo.rollout.extrapolation import generate_extrapolated
-from srppo.rollout.torch_engine import TorchEngine
+from srppo.rollout.torch_engine import TorchEngine, position_limit
 from srppo.scoring import Scorer
-from srppo.seeding import stream_seed
+from srppo.seeding import permutation, stream_seed
 
 CANDIDATE = "candidate"  # the role a checkpoint plays while it is looked at
 OTHER = "reward"  # the name of a numerator that is no checkpoint of this run's SFT
@@ -122,8 +123,9 @@ class Gatherer:
     check: Callable[[], None]  # raises where the user wants to stop
 
     def demonstrations(self, examples: Sequence[Example]) -> Responses:
-        """Held-out demonstrations as responses, one a prompt; those without a prompt are left out."""
-        return Responses(as_rollout(examples, self.roles.special.eos_ids), 1, {})
+        """Held-out demonstrations as responses, one a prompt (see chosen_demonstrations)."""
+        limit = self.config.diagnose.heldout
+        return Responses(chosen_demonstrations(examples, self.roles, self.config, limit, "diagnose"), 1, {})
 
     def sample(self, role: str, author: str, prompts: Sequence[list[int]], each: int, purpose: str) -> Responses:
         """`each` responses at temperature 1 to each prompt. The random streams depend on author, purpose, prompt and sample."""
@@ -167,6 +169,18 @@ class Gatherer:
             some.logprobs[name] = role_logprobs(self.roles, role, some.rollout, self.config.ppo.micro_batch_size)
 
 
+def chosen_demonstrations(examples: Sequence[Example], roles: Roles, config: RunConfig, limit: int, purpose: str) -> Rollout:
+    """At most `limit` of the demonstrations, drawn by the seed: those with a prompt that leaves room for a response."""
+    eos = roles.special.eos_ids
+    whole = as_rollout(examples, eos)
+    with roles.use("base") as model:
+        positions = position_limit(model.config)
+    room = math.inf if positions is None else positions - config.rollout.max_new_tokens
+    fit = [i for i, prompt in zip(whole.prompt_index, whole.prompt_ids) if len(prompt) <= room]
+    chosen = sorted(permutation(len(fit), config.seed, purpose)[:limit])
+    return as_rollout([examples[fit[k]] for k in chosen], eos)
+
+
 def spread_prompts(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
     """Up to `limit` prompts, groups in turn, in the order they have (which the seed has drawn)."""
     groups: dict[str, list[Prompt]] = {}
@@ -180,10 +194,9 @@ def scores_of(scorer: Scorer | None, prompts: Sequence[Prompt], responses: Respo
     """[P, n] the user's scores of the responses; None without a scorer, or where the prompts' rows lack what it needs."""
     if scorer is None or not prompts:
         return None
-    try:
-        scorer("", prompts[0].fields)
-    except ConfigError:
-        return None
     texts = [decode(responses.rollout.response_ids(b)) for b in range(len(responses.rollout.prompt_ids))]
-    scores = [scorer(text, prompts[b // responses.each].fields) for b, text in enumerate(texts)]
+    try:
+        scores = [scorer(text, prompts[b // responses.each].fields) for b, text in enumerate(texts)]
+    except ConfigError:  # of prompts without an answer, as PPO's usually are
+        return None
     return np.asarray(scores, dtype=np.float64).reshape(-1, responses.each)

@@ -66,7 +66,7 @@ def length_bias(groups: Sequence[Group], reward: CoherentReward, numerator: str)
         terms, mask = r.log_ratio(numerator), r.rollout.mask
         absolute = terms.abs()
         size += float(absolute.sum())
-        eos += float(absolute[last_token(mask) & r.rollout.ended[:, None]].sum())
+        eos += float(absolute[last_token(mask) & r.rollout.ended[:, None]].sum()) if reward.include_eos else 0.0
         top += float(absolute.topk(min(TOP_TOKENS, absolute.shape[1]), dim=1).values.sum())
         negative += float((terms[mask] < 0).sum())
         tokens += float(mask.sum())

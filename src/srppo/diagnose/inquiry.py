@@ -47,10 +47,11 @@ def diagnose(
     gatherer = Gatherer(roles, engine, config, check)
     open_pairs = considered(checkpoints, config)
     starts, numerators = (list(dict.fromkeys(side)) for side in zip(*open_pairs, strict=True))
-    betas = sorted({*settings.betas, *([first_beta(config.reward)] if first_beta(config.reward) else [])})
+    betas = sorted({*settings.betas, *filter(None, [fixed_beta(config.reward)])})
+    anchored = config.reward.kl_anchor == "sft"  # what follows of beta is of this anchor's optimum
     shown = spread_prompts(prompts, settings.prompts)
     with progress.stage("Reward card", 3 + settings.preview, "parts") as ticker:
-        demonstrations = gatherer.demonstrations(heldout[: settings.heldout])
+        demonstrations = gatherer.demonstrations(heldout)
         asked = demonstrations.rollout.prompt_ids
         few = max(2, settings.samples // 2)
         base = gatherer.sample("base", "base", asked, few, HELDOUT)
@@ -65,7 +66,12 @@ def diagnose(
             with checkpoints.role(roles, name) as role:
                 gatherer.score(role, name, everything)
         pairs = (
-            [weigh_pair(s, n, reward, demonstrations, samples[s], betas, fixed_beta(config.reward)) for s, n in open_pairs] if asked else []
+            [
+                weigh_pair(s, n, reward, demonstrations, samples[s], betas if anchored else [], fixed_beta(config.reward))
+                for s, n in open_pairs
+            ]
+            if asked
+            else []
         )
         chosen = choose_pair(pairs)
         start, numerator = (chosen.start, chosen.numerator) if chosen else open_pairs[-1]
@@ -81,10 +87,12 @@ def diagnose(
         own = {tuple(p.ids): p for p in heldout_prompts}
         held = [own.get(tuple(ids), Prompt(list(ids), "", 0)) for ids in asked]
         groups = _groups(held, samples.get(start), base, demonstrations, shown, sft_prompts, base_prompts, decode, scorer)
-        rows = [row for group in groups for row in beta_rows(group, reward, numerator, betas)]
+        rows = [row for group in groups for row in beta_rows(group, reward, numerator, betas if anchored else [])]
         preview = []
         if settings.preview:
-            preview = preview_rows(gatherer, checkpoints, groups, reward, start, numerator, decision.beta, decode, scorer)
+            preview = preview_rows(
+                gatherer, checkpoints, groups, reward, start, numerator, decision.beta if anchored else 0.0, decode, scorer
+            )
             ticker.advance(4)
     card = RewardCard(
         verdict="caution",
@@ -135,7 +143,8 @@ def _groups(
         which = [i for i, p in enumerate(shown) if p.group == name]
         own = [shown[i] for i in which]
         mine, theirs = sft_prompts.of_prompts(which), base_prompts.of_prompts(which)
-        out.append(Group(name, own, mine, theirs, None, scores_of(scorer, own, mine, decode)))
+        shown_as = f"{name} (prompts)" if name == HELDOUT else name
+        out.append(Group(shown_as, own, mine, theirs, None, scores_of(scorer, own, mine, decode)))
     return out
 
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from srppo.diagnose.evidence import Checkpoints, Gatherer, Responses, scores_of
 from srppo.diagnose.figures import Group
 from srppo.diagnose.reward_card import PreviewRow
+from srppo.errors import ModelError
 from srppo.rewards import CoherentReward
 from srppo.scoring import Scorer
 
@@ -37,12 +38,29 @@ def preview_rows(
             with checkpoints.role(gatherer.roles, numerator, loaded_as=NUMERATOR) if numerator != start else nullcontext(role) as top:
                 logits = [gatherer.sample_extrapolated(role, top, beta, ids, few, g.name) for g, ids in zip(groups, prompts)]
             made.append((f"logits, beta {beta:g}", logits))
-        gatherer.roles.extrapolate(PREVIEW, role, ALPHA)
+        try:
+            gatherer.roles.extrapolate(PREVIEW, role, ALPHA)
+        except ModelError:  # of an SFT of another architecture: there is no line from the base's weights to its
+            return _rows(gatherer, checkpoints, groups, made, reward, numerator, decode, scorer)
         try:
             weights = [gatherer.sample(PREVIEW, "sft", ids, few, g.name) for g, ids in zip(groups, prompts)]
         finally:
             gatherer.roles.drop(PREVIEW)
         made.append((f"weights, alpha {ALPHA:g}", weights))
+    return _rows(gatherer, checkpoints, groups, made, reward, numerator, decode, scorer)
+
+
+def _rows(
+    gatherer: Gatherer,
+    checkpoints: Checkpoints,
+    groups: Sequence[Group],
+    made: list[tuple[str, list[Responses]]],
+    reward: CoherentReward,
+    numerator: str,
+    decode: Callable[[list[int]], str],
+    scorer: Scorer | None,
+) -> list[PreviewRow]:
+    """The rows, after base and numerator have scored what was made."""
     everything = [r for _, responses in made for r in responses]
     gatherer.score("base", "base", everything)
     with checkpoints.role(gatherer.roles, numerator) as role:

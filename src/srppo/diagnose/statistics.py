@@ -24,9 +24,9 @@ def estimate(values: Floats) -> Estimate:
 
 
 def standard_error(values: Floats) -> float:
-    """Of the mean over prompts [P], NaNs left out; 0 where fewer than two tell."""
+    """Of the mean over prompts [P], NaNs left out; infinite where fewer than two tell."""
     told = values[~np.isnan(values)]
-    return float(told.std(ddof=1) / np.sqrt(len(told))) if len(told) > 1 else 0.0
+    return float(told.std(ddof=1) / np.sqrt(len(told))) if len(told) > 1 else np.inf
 
 
 def preference(demonstrations: Floats, samples: Floats, same: Flags) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from srppo.diagnose.reward_card import BetaRow, Preference, RewardCard, Verdict
 
 FEW = 12  # held-out prompts below which nothing is sure
+TELLING = 5  # of them, on which a sample differs from the demonstration: below it the AUC alone stops nothing
 LENGTH_RANK, LENGTH_CHANGE = 0.5, 1.25
 EOS_SHARE = 0.5
 ENDS = 0.8
@@ -18,6 +19,8 @@ def judge_reward(card: RewardCard) -> tuple[Verdict, list[str]]:
     found = [*_discrimination(card), *_gain(card), *_length(card), *_ending(card), *_shift(card), *_size(card)]
     found.sort(key=lambda item: -RANK[item[0]])
     verdict: Verdict = max((v for v, _ in found), key=RANK.__getitem__, default="go")
+    if verdict == "no-go" and card.heldout < FEW:
+        verdict = "caution"  # so few demonstrations are no ground to stop on
     return verdict, [reason for _, reason in found]
 
 
@@ -38,7 +41,7 @@ def _discrimination(card: RewardCard) -> list[Finding]:
             )
         ]
     figures = f"in {100 * auc.value:.0f} % of the cases ({100 * auc.low:.0f} to {100 * auc.high:.0f} %, {auc.n} prompts; chance is 50 %)"
-    if auc.high < 0.5:
+    if auc.high < 0.5 and auc.n >= TELLING:
         return [
             (
                 "no-go",

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from srppo.config import RunConfig
-from srppo.data.as_rollout import as_rollout
-from srppo.diagnose.evidence import Responses
+from srppo.diagnose.evidence import Responses, chosen_demonstrations
 from srppo.diagnose.statistics import preference
 from srppo.masking import masked_mean, masked_sum
 from srppo.methods.srppo import coherent_reward
@@ -27,9 +26,8 @@ from srppo.models.roles import Roles
 from srppo.progress import Progress
 from srppo.records import Example, Rollout
 from srppo.rollout.engine import RolloutEngine, Sampling
-from srppo.rollout.torch_engine import position_limit
 from srppo.run_folder import RunFolder
-from srppo.seeding import permutation, stream_seed
+from srppo.seeding import stream_seed
 from srppo.train.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint, saved_steps
 
 CHECKPOINTS = "guard-best"  # under checkpoints/
@@ -83,14 +81,7 @@ def alarming(looks: Sequence[Look]) -> bool:
 
 def watched(examples: Sequence[Example], roles: Roles, config: RunConfig) -> Rollout:
     """At most `guard.heldout` of the demonstrations, chosen by the seed: those with a prompt that leaves room for a response."""
-    eos = roles.special.eos_ids
-    whole = as_rollout(examples, eos)
-    with roles.use("base") as model:
-        limit = position_limit(model.config)
-    room = math.inf if limit is None else limit - config.rollout.max_new_tokens
-    fit = [i for i, prompt in zip(whole.prompt_index, whole.prompt_ids) if len(prompt) <= room]
-    chosen = sorted(permutation(len(fit), config.seed, "guard")[: config.guard.heldout])
-    return as_rollout([examples[fit[k]] for k in chosen], eos)
+    return chosen_demonstrations(examples, roles, config, config.guard.heldout, "guard")
 
 
 class Guard:
