@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_only_what_is_auto_is_open(changes: dict[str, Any], pairs: set[tuple[str
 def pair(name: str, loglikelihood: list[float], gains: dict[float, list[float]], effective: float = 1.0) -> Pair:
     tables = {b: np.array(g) for b, g in gains.items()}
     found = Pair(name, name, np.zeros(len(loglikelihood)), np.array(loglikelihood), tables, dict.fromkeys(gains, effective))
-    return Pair(**{**vars(found), "beta": suggest_beta(found)})
+    return replace(found, beta=suggest_beta(found))
 
 
 def test_beta_is_where_the_predicted_gain_is_highest() -> None:

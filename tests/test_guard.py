@@ -26,9 +26,9 @@ from srppo.seeding import stream_seed
 from srppo.train import guard as guard_module
 from srppo.train.compute import Compute
 from srppo.train.guard import Guard, Look, alarming, best_of, looks_since_best, watched
-from srppo.train.interrupt import Interrupt, Interrupted
+from srppo.train.interrupt import Interrupted
 from srppo.train.ppo import PPOState, train_ppo
-from tiny_job import tiny_job
+from tiny_job import StopAt, tiny_job
 from tiny_models import EOS, IM_END, train_role
 
 LOOK = Look(
@@ -99,19 +99,6 @@ class Killed(Exception):
     """A process that ends without saving."""
 
 
-class StopAt(Interrupt):
-    """Asks for a stop at its n-th safe point."""
-
-    def __init__(self, at: float):
-        super().__init__()
-        self.left = at
-
-    def check(self, *_: object) -> None:
-        self.left -= 1
-        self.requested = self.left <= 0
-        super().check()
-
-
 def job(folder: Path, kind: str = "full", name: str = "run", **changes: Any) -> RunConfig:
     small = {"prompts_per_iteration": 3, "samples_per_prompt": 1, "epochs": 1, "minibatches": 1, "iterations": 4, "checkpoint_every": 2}
     values = {f"ppo__{k}": v for k, v in small.items()} | {"guard__every": 1, "guard__samples": 2, "rollout__max_new_tokens": 4}
@@ -161,7 +148,7 @@ def records(config: RunConfig) -> list[dict[str, Any]]:
 
 def peak_at(monkeypatch: pytest.MonkeyPatch, best: int) -> None:
     """Make a round the best of all."""
-    monkeypatch.setattr(guard_module, "criterion", lambda look, first: -abs(look.round - best))
+    monkeypatch.setattr(guard_module, "criterion", lambda look: -abs(look.round - best))
 
 
 def kept(config: RunConfig) -> list[str]:

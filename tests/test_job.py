@@ -21,7 +21,7 @@ from srppo.progress import make_progress
 from srppo.records import TokenBatch
 from srppo.train import ppo as ppo_module
 from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
-from tiny_job import tiny_job, write_rows
+from tiny_job import StopAt, tiny_job, write_rows
 from tiny_models import ARCHITECTURES
 
 
@@ -106,19 +106,6 @@ def test_micro_batches_change_nothing(kind: str, tmp_path: Path) -> None:
     assert ends[0].keys() == ends[1].keys()
     for name, tensor in ends[0].items():
         torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=3e-5)
-
-
-class StopAt(Interrupt):
-    """Asks for a stop at its n-th safe point, as Ctrl-C would."""
-
-    def __init__(self, at: int):
-        super().__init__()
-        self.left = at
-
-    def check(self, *_: object) -> None:
-        self.left -= 1
-        self.requested = self.left <= 0
-        super().check()
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

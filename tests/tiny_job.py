@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from srppo.config import RunConfig, build, merge
+from srppo.train.interrupt import Interrupt
 from tiny_models import save_tiny
 
 
@@ -45,3 +46,16 @@ def tiny_job(folder: Path, architecture: str = "llama", kind: str = "full", **ch
         },
     }
     return build(merge(values, {name.replace("__", "."): value for name, value in changes.items()}))
+
+
+class StopAt(Interrupt):
+    """Asks for a stop at its n-th safe point, as Ctrl-C would."""
+
+    def __init__(self, at: float):
+        super().__init__()
+        self.left = at
+
+    def check(self, *_: object) -> None:
+        self.left -= 1
+        self.requested = self.left <= 0
+        super().check()

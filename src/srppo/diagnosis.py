@@ -7,13 +7,14 @@ from typing import Any
 
 from srppo.card import model_card
 from srppo.config import RunConfig
-from srppo.diagnose import Checkpoints, RewardCard, diagnose, share_name, tell
+from srppo.diagnose import Checkpoints, RewardCard, diagnose, tell
 from srppo.diagnose.evidence import OTHER
 from srppo.errors import RewardRefused
 from srppo.methods.srppo import first_beta
 from srppo.stages import finish, outcome
 from srppo.train.checkpoint import saved_steps
 from srppo.train.interrupt import Interrupted, StopRequested
+from srppo.train.sft import share_name
 from srppo.workspace import Workspace
 
 STAGE = "diagnose"
@@ -105,7 +106,7 @@ def checkpoints(space: Workspace) -> Checkpoints:
     names = [*others, kept]
     if ppo_begun(space):  # the default is what it started from
         names = [*(n for n in names if n != held), held]
-    return Checkpoints(names, {} if held == UNKNOWN else {held: "sft", **roles}, {n: f for n, f in folders.items() if n != held})
+    return Checkpoints(names, roles if held == UNKNOWN else {held: "sft", **roles}, {n: f for n, f in folders.items() if n != held})
 
 
 def _held(space: Workspace) -> str | None:
@@ -116,8 +117,8 @@ def _held(space: Workspace) -> str | None:
 def obey(space: Workspace, decision: dict[str, Any]) -> Workspace:
     """Put the card's decisions in place of every `auto`."""
     if "sft.keep" in decision["automatic"]:
-        kept = share_name(outcome(space, "sft")["kept"]["share"])  # type: ignore[index]  # automatic only after a training
-        if decision["start"] != (_held(space) or kept):
+        trained = outcome(space, "sft") or {}
+        if decision["start"] != (_held(space) or share_name(trained["kept"]["share"])):
             _move(space, decision["start"])
     return replace(space, config=_decided(space.config, decision))
 

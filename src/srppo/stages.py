@@ -19,7 +19,7 @@ from srppo.train.continued import continue_sft
 from srppo.train.guard import CHECKPOINTS, Guard, watched
 from srppo.train.interrupt import Interrupted, StopRequested
 from srppo.train.ppo import train_ppo
-from srppo.train.sft import train_sft
+from srppo.train.sft import share_name, train_sft
 from srppo.train.supervised import heldout_nll
 from srppo.workspace import Workspace
 
@@ -74,7 +74,7 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
         roles.load("policy", run.path / "policy")
         return done
     if isinstance(config.reward.checkpoint, float | int):
-        roles.load("reward", run.path / f"sft_checkpoints/share-{config.reward.checkpoint:g}")
+        roles.load("reward", run.path / "sft_checkpoints" / share_name(config.reward.checkpoint))
         roles.freeze("reward")
     compute, started = Compute(), time.monotonic()
     during = limit_per_group(loaded.evaluation_prompts, config.evaluation.during_prompts)

@@ -22,7 +22,7 @@ from srppo.errors import ConfigError, DataError
 from srppo.models.roles import Roles, build_roles
 from srppo.progress import Progress
 from srppo.records import Prompt
-from srppo.rollout.engine import Sampling, bias_warning
+from srppo.rollout.engine import RolloutEngine, Sampling, bias_warning
 from srppo.rollout.torch_engine import TorchEngine, position_limit
 from srppo.run_folder import RunFolder
 from srppo.scoring import Scorer, load_scorer
@@ -41,8 +41,8 @@ class Loaded:
     evaluation_prompts: list[Prompt]
     retention_prompts: list[Prompt]
     scorer: Scorer | None
-    engine: TorchEngine  # of PPO
-    evaluation_engine: TorchEngine
+    engine: RolloutEngine  # of PPO
+    evaluation_engine: TorchEngine  # also of the reward card, which extrapolates in its decoding loop
     sampling: Sampling  # of the rollouts
     data_summary: dict[str, Any]
 

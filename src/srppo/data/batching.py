@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from srppo.masking import example_batch, length_sorted_chunks
 from srppo.records import Example, TokenBatch, pad_sequences
 from srppo.seeding import permutation
-
-if TYPE_CHECKING:
-    pass
 
 WINDOW = 4  # consecutive batches of the shuffle whose examples are sorted by length together
 

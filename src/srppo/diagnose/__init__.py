@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from srppo.diagnose.evidence import Checkpoints, share_name
+from srppo.diagnose.evidence import Checkpoints
 from srppo.diagnose.inquiry import diagnose
 from srppo.diagnose.reward_card import Decision, RewardCard
 from srppo.diagnose.tell import tell
 
-__all__ = ["Checkpoints", "Decision", "RewardCard", "diagnose", "share_name", "tell"]
+__all__ = ["Checkpoints", "Decision", "RewardCard", "diagnose", "tell"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from srppo.diagnose.evidence import Responses
 from srppo.diagnose.reward_card import Candidate, Estimate
@@ -18,8 +18,8 @@ from srppo.diagnose.statistics import (
 )
 from srppo.rewards import CoherentReward
 
-LEAST_EFFECTIVE = 0.5  # below it, PPO at this beta would go where the samples cannot see
-FLAT = 0.005  # nats a response
+LEAST_EFFECTIVE = 0.5  # below it, PPO at this beta would go where the samples cannot see; chosen by hand, not tuned
+FLAT = 0.005  # nats a response that make no difference; a twentieth of what a light SFT gains in the lab
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,11 @@ def weigh_pair(
     betas: Sequence[float],
     fixed: float | None = None,
 ) -> Pair:
-    """Weigh one pair on the held-out prompts, and suggest its beta (or take the fixed one)."""
+    """Weigh one pair on the held-out prompts, and suggest its beta (or take the fixed one).
+
+    demonstrations: P rows, one a prompt; samples: P * n rows of the start, the same prompts in the same order. betas above 0; none of
+    them, no gains. fixed: a beta; its gain is None where it is not among betas. Ours.
+    """
     theirs, own = demonstrations.rewards(reward, numerator)[:, 0], samples.rewards(reward, numerator)
     pair = Pair(
         start,
@@ -76,7 +80,7 @@ def weigh_pair(
         {beta: likelihood_gain(theirs, own, beta) for beta in betas},
         {beta: float(effective_share(tempered_weights(own, beta)).mean()) for beta in betas},
     )
-    return Pair(**{**vars(pair), "beta": suggest_beta(pair) if fixed is None else fixed})
+    return replace(pair, beta=suggest_beta(pair) if fixed is None else fixed)
 
 
 def suggest_beta(pair: Pair) -> float:

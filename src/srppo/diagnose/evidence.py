@@ -30,11 +30,6 @@ CANDIDATE = "candidate"  # the role a checkpoint plays while it is looked at
 OTHER = "reward"  # the name of a numerator that is no checkpoint of this run's SFT
 
 
-def share_name(share: float) -> str:
-    """The name of the checkpoint kept after a share of the SFT: share-0.5."""
-    return f"share-{share:g}"
-
-
 @dataclass(frozen=True)
 class Checkpoints:
     """SFT checkpoints by name, the one PPO starts from by default last: the role that holds one already, or the folder it lies in.
@@ -105,6 +100,7 @@ class Responses:
 
     def same_as(self, demonstrations: Responses) -> Flags:
         """[P, n] whether the response is the prompt's demonstration, token for token."""
+        assert len(demonstrations.rollout.prompt_ids) * self.each == len(self.rollout.prompt_ids), "not the same prompts"
         wanted = [demonstrations.rollout.response_ids(p) for p in range(len(demonstrations.rollout.prompt_ids))]
         equal = [self.rollout.response_ids(b) == wanted[b // self.each] for b in range(len(self.rollout.prompt_ids))]
         return np.asarray(equal, dtype=bool).reshape(-1, self.each)

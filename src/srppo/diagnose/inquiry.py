@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from srppo.config import RewardConfig, RunConfig
 from srppo.diagnose.candidates import Pair, choose_pair, weigh_pair
-from srppo.diagnose.evidence import OTHER, Checkpoints, Gatherer, Responses, scores_of, share_name, spread_prompts
+from srppo.diagnose.evidence import OTHER, Checkpoints, Gatherer, Responses, scores_of, spread_prompts
 from srppo.diagnose.figures import Group, beta_rows, length_bias, preferences, spread
 from srppo.diagnose.preview import preview_rows
 from srppo.diagnose.reward_card import Decision, Estimate, RewardCard
@@ -19,6 +19,7 @@ from srppo.progress import Progress
 from srppo.records import Example, Prompt
 from srppo.rollout.torch_engine import TorchEngine
 from srppo.scoring import Scorer
+from srppo.train.sft import share_name
 
 HELDOUT = "held-out"
 
@@ -48,7 +49,7 @@ def diagnose(
     open_pairs = considered(checkpoints, config)
     starts, numerators = (list(dict.fromkeys(side)) for side in zip(*open_pairs, strict=True))
     betas = sorted({*settings.betas, *filter(None, [fixed_beta(config.reward)])})
-    anchored = config.reward.kl_anchor == "sft"  # what follows of beta is of this anchor's optimum
+    anchored = foretold(config.reward)
     shown = spread_prompts(prompts, settings.prompts)
     with progress.stage("Reward card", 3 + settings.preview, "parts") as ticker:
         demonstrations = gatherer.demonstrations(heldout)
@@ -149,8 +150,13 @@ def _groups(
 
 
 def fixed_beta(reward: RewardConfig) -> float | None:
-    """The KL coefficient where the card may not choose it: given by the recipe, or meaningless to the card's theory (anchor not sft)."""
-    return None if reward.kl_coef == "auto" and reward.kl_anchor == "sft" else first_beta(reward)
+    """The KL coefficient where the card may not choose it: given by the recipe, or outside the card's theory (see foretold)."""
+    return None if reward.kl_coef == "auto" and foretold(reward) else first_beta(reward)
+
+
+def foretold(reward: RewardConfig) -> bool:
+    """Whether beta means what the card's theory says: the KL is to the SFT, and the reward is not divided by a round's deviation."""
+    return reward.kl_anchor == "sft" and not reward.whiten
 
 
 def _decision(config: RunConfig, start: str, numerator: str, chosen: Pair | None) -> Decision:

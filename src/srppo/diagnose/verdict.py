@@ -62,12 +62,13 @@ def _discrimination(card: RewardCard) -> list[Finding]:
 
 def _gain(card: RewardCard) -> list[Finding]:
     gain, beta = card.decision.gain, card.decision.beta
-    if gain.value is None or gain.low is None or gain.high is None:
-        return []
+    found = _against_sft(card)
+    if gain.value is None or gain.low is None or gain.high is None or found is None or found.auc.value is None:
+        return []  # where every sample is the demonstration, the gain is 0 but for rounding
     figures = f"{gain.value:+.2f} nats a response ({gain.low:+.2f} to {gain.high:+.2f})"
     if gain.value <= 0:
-        chosen = "Even at the gentlest beta" if "reward.kl_coef" in card.decision.automatic else "At the recipe's beta"
-        return [("no-go", f"{chosen}, {beta:g}, PPO would make held-out demonstrations less likely: {figures}.")]
+        chosen = "Even at the best beta" if "reward.kl_coef" in card.decision.automatic else "At the recipe's beta"
+        return [("no-go", f"{chosen}, {beta:g}, PPO would not make held-out demonstrations likelier: {figures}.")]
     if gain.low <= 0:
         return [("caution", f"Whether PPO at beta {beta:g} makes held-out demonstrations likelier is not clear: {figures}.")]
     return [("go", f"At beta {beta:g} PPO should make held-out demonstrations likelier: {figures}.")]
@@ -123,7 +124,7 @@ def _shift(card: RewardCard) -> list[Finding]:
     for s in card.spreads:
         if s.author != "sft" or s is own or not s.n:
             continue
-        if s.mean < NOTHING * own.mean:
+        if own.mean > 0 and s.mean < NOTHING * own.mean:
             out.append(
                 (
                     "caution",
@@ -131,7 +132,7 @@ def _shift(card: RewardCard) -> list[Finding]:
                     "fine-tuning hardly changed how it answers there, so the reward has little to say.",
                 )
             )
-        if s.quantiles[-1] > TAIL * max(own.quantiles[-1], 0.0):
+        if own.quantiles[-1] > 0 and s.quantiles[-1] > TAIL * own.quantiles[-1]:
             out.append(
                 (
                     "caution",

@@ -50,14 +50,14 @@ class Look:
     eos_rate: float  # share of the samples that end before the limit
 
 
-def criterion(look: Look, first: Look) -> float:
-    """What the guard goes by, higher is better: held-out log-likelihood, nats a response. first: the look at the SFT."""
+def criterion(look: Look) -> float:
+    """What the guard goes by, higher is better: held-out log-likelihood, nats a response (ours)."""
     return -look.heldout_nll_response
 
 
 def best_of(looks: Sequence[Look]) -> Look:
     """The earliest of the looks (at least one) with the highest criterion; one that is NaN is never better."""
-    values = [criterion(look, looks[0]) for look in looks]
+    values = [criterion(look) for look in looks]
     return looks[max(range(len(looks)), key=lambda i: (-math.inf if math.isnan(values[i]) else values[i], -i))]
 
 
@@ -126,7 +126,7 @@ class Guard:
             self._progress.warn(_alarm_words(self.looks))
         figures = {name: value for name, value in asdict(now).items() if name != "round" and value is not None}
         figures |= {"length_ratio": now.length / max(self.looks[0].length, 1e-9)}
-        figures |= {"criterion": criterion(now, self.looks[0]), "alarm": float(alarm)}
+        figures |= {"criterion": criterion(now), "alarm": float(alarm)}
         return {f"guard/{name}": value for name, value in figures.items()} | {"timing/guard": time.perf_counter() - started}
 
     def _see(self, round: int) -> Look:

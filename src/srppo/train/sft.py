@@ -35,6 +35,11 @@ class SFTResult:
         return asdict(self)
 
 
+def share_name(share: float) -> str:
+    """The name, and in sft_checkpoints/ the folder, of the checkpoint kept after a share of the training: share-0.5."""
+    return f"share-{share:g}"
+
+
 def choose(checkpoints: Sequence[SFTCheckpoint], keep: str | float) -> SFTCheckpoint:
     """The checkpoint `sft.keep` names. `best` is the lowest held-out loss; without held-out demonstrations it is the last.
 
@@ -99,7 +104,7 @@ def train_sft(
             ticker.advance(step, heldout_loss=nll)
         if step in shares:
             for share in shares[step]:
-                folder = f"sft_checkpoints/share-{share:g}"
+                folder = f"sft_checkpoints/{share_name(share)}"
                 roles.save("sft", run.path / folder)
                 found.append(SFTCheckpoint(share, step, nll, folder))
             if step < steps:
