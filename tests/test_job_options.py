@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from srppo.config import RunConfig, build
 from srppo.job import align
@@ -19,7 +20,7 @@ from srppo.rollout.torch_engine import TorchEngine
 from srppo.train.compute import Compute
 from srppo.train.continued import budget_steps
 from srppo.train.experience import score
-from tiny_job import tiny_job
+from tiny_job import tiny_job, write_rows
 from tiny_models import save_tiny, standard_roles
 
 FAST: dict[str, Any] = {"diagnose__enabled": False, "guard__every": 0, "ppo__iterations": 2, "evaluation__continued_sft": False}
@@ -93,3 +94,28 @@ def test_continued_sft_has_ppos_budget() -> None:
     assert budget_steps(examples, 4, 2400) == 10
     assert budget_steps(examples, 100, 2400) == 4  # all 10 in a step
     assert budget_steps(examples, 4, 1) == 1
+
+
+def test_conversations_go_through_the_whole_job(tmp_path: Path) -> None:
+    """TRL's `messages` as demonstrations and message lists as prompts, through the tokenizer's chat template to the answers."""
+
+    def turn(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    talks = [
+        [turn("system", "s"), turn("user", f"{i}?"), turn("assistant", f"a{i}"), turn("user", "and"), turn("assistant", f"b{i}")]
+        for i in range(16)
+    ]
+    config = tiny_job(tmp_path, **FAST)
+    write_rows(Path(str(config.data.demonstrations)), [{"messages": talk} for talk in talks])
+    write_rows(Path(str(config.data.prompts)), [{"prompt": [turn("system", "s"), turn("user", f"{i}!")]} for i in range(16)])
+    summary, records = run(config)
+    assert summary["sft"]["all"]["n"] > 0 and sum("iteration" in r for r in records) == 2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "policy")
+    shown = {json.loads(line)["prompt"] for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()}
+    asked = [[turn("system", "s"), turn("user", f"{i}!")] for i in range(16)]
+    rendered = {tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False) for talk in asked}
+    assert shown and shown <= rendered
+    report = json.loads((tmp_path / "run/data.json").read_text())
+    assert report["demonstrations"]["formats"] == report["prompts"]["formats"] == {"conversation": 16}
+    assert report["demonstrations"]["learned_tokens"] == sum(len(f"b{i}") + 1 for i in range(16))  # the last answers and their ends

@@ -60,7 +60,7 @@ def test_the_recipes_ask_for_what_was_agreed() -> None:
     math, gym = (load_recipe(ROOT / "recipes" / f"smollm2_{name}.yaml") for name in ("gsm8k", "reasoning_gym"))
     assert math.tuning.kind == "lora" and math.ppo.prompts_per_iteration == 32
     assert math.ppo.iterations - math.ppo.critic_warmup >= 10
-    assert gym.tuning.kind == "full" and (gym.sft.steps, gym.sft.batch_size) == (20, 12)
+    assert gym.tuning.kind == "full" and (gym.sft.steps, gym.sft.batch_size) == (8, 12)
     assert (gym.ppo.prompts_per_iteration, gym.ppo.samples_per_prompt, gym.reward.kl_coef) == (24, 4, 1.0)
 
 

@@ -1,0 +1,78 @@
+"""Ctrl-C at a real run: a process that gets SIGINT saves, says how to go on, and ends later as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from srppo.config import dump
+from tiny_job import tiny_job
+
+PATIENCE = 240.0  # seconds for a part of a job that takes a few, on a busy machine
+ROUNDS = 6
+
+
+def align(recipe: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "srppo", "align", str(recipe), "--progress", "plain", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def recorded(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """The steps or rounds of a stage that metrics.jsonl holds by now."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    records = (json.loads(line) for line in lines if line.endswith("\n"))
+    return [r for r in records if r["stage"] == stage and ("loss" in r or "iteration" in r)]
+
+
+def interrupted(process: subprocess.Popen[str], folder: Path, stage: str) -> str:
+    """Send SIGINT as soon as the stage has a record, and return what the process says."""
+    end = time.monotonic() + PATIENCE
+    try:
+        while not recorded(folder, stage):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end, f"no record of {stage}"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    return errors
+
+
+def finished(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, errors
+
+
+def test_a_run_that_was_interrupted_twice_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    recipes = {}
+    for name in ("cut", "whole"):
+        changes = {"sft__steps": 12, "ppo__iterations": ROUNDS, "evaluation__continued_sft": False, "guard__keep": "last"}
+        config = tiny_job(tmp_path, output=str(tmp_path / name), diagnose__on_no_go="warn", diagnose__samples=2, **changes)
+        recipes[name] = tmp_path / f"{name}.yaml"
+        recipes[name].write_text(dump(config), encoding="utf-8")
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+
+    said = interrupted(align(recipes["cut"]), cut, "sft")
+    assert "stopped after SFT step" in said and "--resume" in said and "Traceback" not in said
+    assert 0 < len(recorded(cut, "sft")) < 12 and not recorded(cut, "ppo")
+    said = interrupted(align(recipes["cut"], "--resume"), cut, "ppo")
+    assert "--resume" in said and "Traceback" not in said
+    assert 0 < len(recorded(cut, "ppo")) < ROUNDS and not (cut / "summary.json").exists()
+
+    finished(align(recipes["cut"], "--resume"))
+    finished(align(recipes["whole"]))
+    weights = "policy/model.safetensors"
+    assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
+    for stage, keys, count in (("sft", ("step", "loss"), 12), ("ppo", ("iteration", "objective/scores", "objective/kl"), ROUNDS)):
+        runs = [[[r[k] for k in keys] for r in recorded(folder, stage)] for folder in (cut, whole)]
+        assert len(runs[1]) == count and runs[0] == runs[1]
