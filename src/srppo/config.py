@@ -86,10 +86,31 @@ class RunConfig(Section):
                 f"reward.checkpoint is a share of the SFT training ({self.reward.checkpoint}), but sft.checkpoint replaces that training; "
                 "give a path, or sft"
             )
+        _check_preference_model(self.reward)
         if self.data.max_prompt_tokens >= self.data.max_tokens:
             limits = f"data.max_prompt_tokens ({self.data.max_prompt_tokens}) leaves no room for a response in data.max_tokens"
             raise ValueError(f"{limits} ({self.data.max_tokens})")
         return self
+
+
+def _check_preference_model(reward: RewardConfig) -> None:
+    """Raise ValueError where keys of the reward contradict its kind."""
+    if reward.kind == "coherent":
+        given = [key for key in ("preference_model", "preference_label") if getattr(reward, key) is not None]
+        if given:
+            raise ValueError(f"reward.{given[0]} is set, but reward.kind is coherent; set reward.kind: preference_model, or remove it")
+        return
+    if not reward.preference_model:
+        raise ValueError("reward.kind is preference_model, but reward.preference_model names none; give a hub id or a folder")
+    plain = RewardConfig()
+    for key in ("placement", "length_normalization", "token_shift", "token_clip", "include_eos"):
+        if getattr(reward, key) != getattr(plain, key):
+            raise ValueError(
+                f"reward.{key} is {getattr(reward, key)}, an option of the log-ratio's tokens; a preference model gives one score a "
+                "response: remove it, or set reward.kind: coherent"
+            )
+    if reward.checkpoint not in ("auto", "sft"):
+        raise ValueError(f"reward.checkpoint is {reward.checkpoint}, but with reward.kind preference_model no SFT checkpoint is the reward")
 
 
 def valid_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

@@ -31,6 +31,9 @@ def diagnosis_stage(space: Workspace) -> Workspace:
     done = outcome(space, STAGE)
     if done is None and not space.config.diagnose.enabled:
         return space
+    if space.config.reward.kind != "coherent":
+        space.progress.note("no reward card: it judges the coherent reward, and reward.kind is preference_model")
+        return space
     if done is None:
         card = make_card(space)
         tell(card, space.progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from srppo.progress import Progress, make_progress
 from srppo.run_config import load_run_config
 from srppo.run_folder import is_run
 from srppo.stages import ROLE_OF_STAGE, continued_stage, evaluation_stage, outcome, ppo_stage, sft_stage
+from srppo.titles import stage_titles
 from srppo.train.continued import ROLE as CONTINUED
 from srppo.workspace import Workspace, open_workspace
 
 STAGES = ("base", "sft", CONTINUED, "srppo")
-TITLES = {"base": "base", "sft": "SFT", CONTINUED: "continued SFT", "srppo": "SRPPO"}
 
 
 def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
@@ -82,6 +83,8 @@ def run_diagnose(config: RunConfig, *, resume: bool = False, overwrite: bool = F
     it, unless PPO has run already. Raises SrppoError for bad input.
     """
     progress = progress or make_progress("live")
+    if config.reward.kind != "coherent":
+        raise ConfigError("reward.kind is preference_model; the reward card judges the coherent reward, reward.kind: coherent")
     with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose",)) as space:
         sft_stage(space)
         card = make_card(space)
@@ -131,7 +134,7 @@ def conclude(space: Workspace) -> dict[str, Any]:
     space.run.write_json("summary.json", summary)
     space.note_cost()
     write_report(space.run.path)
-    show(summary, space.progress)
+    show(summary, space.progress, stage_titles(space.config.reward.kind))
     space.progress.note(f"report: {space.run.path / 'report.html'}")
     return summary
 
@@ -168,7 +171,7 @@ def summarise(space: Workspace) -> dict[str, Any]:
     return summary | extras
 
 
-def show(summary: dict[str, Any], progress: Progress) -> None:
+def show(summary: dict[str, Any], progress: Progress, titles: Mapping[str, str]) -> None:
     """The headline table."""
     groups = list(dict.fromkeys(g for s in STAGES for g in summary.get(s, {})))
     for group in groups:
@@ -181,7 +184,7 @@ def show(summary: dict[str, Any], progress: Progress) -> None:
                 ]
                 interval = f"{percent[1]} to {percent[2]}" if percent[1] else ""
                 kept = [percent[0] or "", interval, percent[3] or ""]
-                rows.append([TITLES[stage], *kept, f"{result['mean_length']:.1f}", f"{100 * result['eos_rate']:.0f} %"])
+                rows.append([titles[stage], *kept, f"{result['mean_length']:.1f}", f"{100 * result['eos_rate']:.0f} %"])
         n = next(summary[s][group]["n"] for s in STAGES if group in summary.get(s, {}))
         columns = ["", "sampled", "95 % interval", "greedy", "mean length", "ends"]
         progress.table(f"{group.replace('_', ' ')} ({n} prompts)", columns, rows)

@@ -36,6 +36,7 @@ class Prompt:
     row: int  # 0-based row in its source
     group: str = "all"
     fields: dict[str, Any] = field(default_factory=dict)  # the source row, for scoring functions
+    messages: list[dict[str, Any]] | None = None  # the conversation as rendered, system message included; None: a plain text
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class ScoredRollout:
     lp_sft: Tensor  # [B, T] log pi of the SFT model, the policy's start (often the numerator and the anchor too)
     lp_anchor: Tensor | None  # [B, T] log pi of the KL anchor; None without one
     values: Tensor  # [B, T] critic's value of the state before each response token, in the critic's units
+    preference: Tensor | None = None  # [B] a reward model's score of each response; None with the coherent reward
 
 
 @dataclass(frozen=True)

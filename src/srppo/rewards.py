@@ -1,4 +1,4 @@
-"""The coherent reward of Self-Rewarding PPO, and the KL terms beside it.
+"""The coherent reward of Self-Rewarding PPO, a reward model's in its place, and the KL terms beside them.
 
 Coherent reward (SRPPO, arXiv 2510.21090; from CSIL, Watson et al. 2023, arXiv 2305.16498):
     r(x, y) = log pi_sft(y|x) - log pi_base(y|x) = sum_t [lp_sft(y_t) - lp_base(y_t)]
@@ -108,9 +108,7 @@ class CoherentReward:
         )
         if self.length_normalization == "mean":
             terms = terms / mask.sum(1, keepdim=True).clamp(min=1)
-        fine = terms.new_zeros(len(terms))  # [B]
-        if self.missing_eos == "penalty":
-            fine = torch.where(~ended & filled, self.missing_eos_penalty, fine)
+        fine = _fine(self.missing_eos, self.missing_eos_penalty, filled, ended).to(terms.dtype)
         scores = terms.sum(1) - fine
         if self.placement == "token":
             rewards = terms - torch.where(last, fine.unsqueeze(1), 0.0)
@@ -121,6 +119,42 @@ class CoherentReward:
             rewards = rewards * _inverse_deviation(scores, keep)
         log_ratio = torch.where(mask, lp_reward - lp_base, torch.zeros_like(terms))
         return RewardOutput(scores, rewards, keep, log_ratio)
+
+
+@dataclass(frozen=True)
+class PreferenceReward:
+    """A reward model's score of the whole response, at its last token (PPO of Ouyang et al. 2022, arXiv 2203.02155, section 3.5):
+
+        score = scale * f(x, y) - missing_eos_penalty [no EOS]
+
+    missing_eos and whiten as in CoherentReward; an empty response has reward 0 and is not kept. Raises ValueError as that does.
+    """
+
+    scale: float = 1.0
+    missing_eos: MissingEos = "penalty"
+    missing_eos_penalty: float = 1.0
+    whiten: bool = False
+
+    def __post_init__(self) -> None:
+        if self.missing_eos not in get_args(MissingEos):
+            raise ValueError(f"missing_eos is one of {', '.join(get_args(MissingEos))}, got {self.missing_eos!r}")
+
+    def __call__(self, preference: Tensor, log_ratio: Tensor, mask: Tensor, ended: Tensor) -> RewardOutput:
+        """preference [B]: f(x, y); log_ratio [B, T]: log pi_sft - log pi_base, passed through for the metrics; mask [B, T]; ended [B]."""
+        mask, ended = mask.bool(), ended.bool()
+        filled = mask.any(1)
+        fine = _fine(self.missing_eos, self.missing_eos_penalty, filled, ended)
+        scores = torch.where(filled, self.scale * preference - fine, 0.0)
+        rewards = torch.where(last_token(mask), scores.unsqueeze(1), 0.0)
+        keep = filled & ended if self.missing_eos == "exclude" else filled
+        if self.whiten:
+            rewards = rewards * _inverse_deviation(scores, keep)
+        return RewardOutput(scores, rewards, keep, torch.where(mask, log_ratio, torch.zeros_like(log_ratio)))
+
+
+def _fine(missing_eos: MissingEos, penalty: float, filled: Tensor, ended: Tensor) -> Tensor:
+    """[B] what a response without its EOS loses."""
+    return torch.where(~ended & filled, penalty if missing_eos == "penalty" else 0.0, 0.0)
 
 
 def _inverse_deviation(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:

@@ -167,6 +167,13 @@ class SFTConfig(Section):
 
 
 class RewardConfig(Section):
+    kind: Literal["coherent", "preference_model"] = "coherent"
+    """coherent: log pi_sft - log pi_base, the paper's. preference_model: the score of `preference_model`, which the paper compares with;
+    no reward card is made then, and `checkpoint`, `placement` and the other options of the log-ratio say nothing."""
+    preference_model: str | None = None
+    """With kind preference_model: hub id or local folder of a Hugging Face sequence classifier."""
+    preference_label: str | int | None = None
+    """The label whose log-odds are the score, by name or number, of a classifier with several; one with a single output needs none."""
     checkpoint: Literal["auto", "sft"] | float | str = "auto"
     """Numerator of the log-ratio: the reward card's choice (auto; sft where no card is made), the SFT model PPO starts from (sft),
     one of the shares of `sft.checkpoints_at`, or a path."""
@@ -191,8 +198,8 @@ class RewardConfig(Section):
     kl_anchor: Literal["sft", "base", "none"] = "sft"
     """The model the policy is held near."""
     kl_coef: Literal["auto"] | float = "auto"
-    """beta: the reward card's choice (auto; 1 where no card is made), or a number. With anchor sft the optimum is
-    pi_sft (pi_sft / pi_base)^(1/beta): smaller extrapolates further past the SFT."""
+    """beta: the reward card's choice (auto; 1 where no card is made, .05 for a preference model), or a number. With anchor sft the
+    optimum is pi_sft (pi_sft / pi_base)^(1/beta): smaller extrapolates further past the SFT."""
     kl_target: float | None = Field(default=None, gt=0)
     """Adapt beta so that the KL to the anchor, in nats a response, approaches this target."""
     kl_horizon: int = Field(default=1000, ge=1)

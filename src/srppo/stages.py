@@ -13,6 +13,7 @@ from srppo.evaluate import Answers, Evaluation, GroupResult, evaluate, limit_per
 from srppo.files import read_lines, write_lines
 from srppo.records import Rollout
 from srppo.retention import base_answers, forgetting
+from srppo.titles import stage_titles
 from srppo.train.compute import Compute
 from srppo.train.continued import ROLE as CONTINUED
 from srppo.train.continued import continue_sft
@@ -23,7 +24,6 @@ from srppo.train.sft import share_name, train_sft
 from srppo.train.supervised import heldout_nll
 from srppo.workspace import Workspace
 
-EVALUATION_TITLES = {"base": "Evaluate base", "sft": "Evaluate SFT", CONTINUED: "Evaluate continued SFT", "srppo": "Evaluate SRPPO"}
 _ANSWERS: WeakKeyDictionary[Workspace, Rollout] = WeakKeyDictionary()
 ROLE_OF_STAGE = {"base": "base", "sft": "sft", CONTINUED: CONTINUED, "srppo": "policy"}
 
@@ -110,6 +110,7 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
         decode=loaded.decode,
         evaluate=evaluate_now if during else lambda _: {},
         guard=make_guard(space),
+        preference_model=loaded.preference_model,
     )
     roles.save("policy", run.path / "policy", card=model_card(config, "policy"))
     if roles.has_critic and state.scale is not None:
@@ -141,7 +142,15 @@ def make_guard(space: Workspace) -> Guard | None:
     if not demonstrations.prompt_ids:
         space.progress.note("guard: off, as there are no held-out demonstrations with a prompt (data.heldout)")
         return None
-    return Guard(loaded.roles, demonstrations, config, engine=loaded.evaluation_engine, run=space.run, progress=space.progress)
+    return Guard(
+        loaded.roles,
+        demonstrations,
+        config,
+        engine=loaded.evaluation_engine,
+        run=space.run,
+        progress=space.progress,
+        preference_model=loaded.preference_model,
+    )
 
 
 def continued_stage(space: Workspace, passes: int) -> dict[str, Any]:
@@ -182,7 +191,7 @@ def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[
     try:
         if prompts:
             total = len(prompts) * (config.evaluation.samples + 1)
-            with space.progress.stage(EVALUATION_TITLES[stage], total, "answers") as ticker:
+            with space.progress.stage(f"Evaluate {stage_titles(config.reward.kind)[stage]}", total, "answers") as ticker:
 
                 def tick(finished: int, _: int) -> None:
                     space.interrupt.check()

@@ -19,6 +19,7 @@ from srppo.data.prompts import PromptSet, load_prompts
 from srppo.data.report import data_summary
 from srppo.data.sources import read_rows
 from srppo.errors import ConfigError, DataError
+from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles, build_roles
 from srppo.progress import Progress
 from srppo.records import Prompt
@@ -45,6 +46,7 @@ class Loaded:
     evaluation_engine: TorchEngine  # also of the reward card, which extrapolates in its decoding loop
     sampling: Sampling  # of the rollouts
     data_summary: dict[str, Any]
+    preference_model: PreferenceModel | None = None  # PPO's reward, where it is not the coherent one
 
     def decode(self, ids: list[int]) -> str:
         """A response as text, without EOS and special tokens."""
@@ -156,6 +158,9 @@ def _load(config: RunConfig, progress: Progress) -> Loaded:
     _try_roles(config, roles)
     sizes = (config.rollout.batch_size, evaluation.batch_size)
     engine, judge = (TorchEngine(roles.special, rows, config.model.autocast) for rows in sizes)
+    preference_model = None
+    if config.reward.kind == "preference_model" and config.ppo.iterations:
+        preference_model = PreferenceModel(config, [*prompts, *demonstrations.heldout_prompts], roles.tokenizer, chat.response_text)
     return Loaded(
         roles,
         chat,
@@ -168,6 +173,7 @@ def _load(config: RunConfig, progress: Progress) -> Loaded:
         judge,
         sampling,
         summary.to_dict(),
+        preference_model,
     )
 
 

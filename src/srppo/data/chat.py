@@ -21,6 +21,7 @@ MARKER = "\ue0f1answer\ue0f2"
 class RenderedPrompt(NamedTuple):
     text: str
     ids: list[int]
+    messages: list[Message] | None = None  # as rendered, system message included; None: a plain text
 
 
 class Encoded(NamedTuple):
@@ -94,8 +95,9 @@ class ChatFormat:
             return RenderedPrompt(messages, ids)
         if not messages:
             raise Unusable("empty prompt")
-        text = self.render(self._with_system(messages), generation_prompt=True)
-        return RenderedPrompt(text, self._ids(text))
+        messages = self._with_system(messages)
+        text = self.render(messages, generation_prompt=True)
+        return RenderedPrompt(text, self._ids(text), messages)
 
     def encode(self, demonstration: Demonstration) -> Encoded:
         """A demonstration as ids and target mask. Its ids start with those of render_prompt and end with an EOS id.

@@ -145,7 +145,8 @@ def _prompts(kept: Sequence[_Kept], seed: int) -> list[Prompt]:
 
 
 def _prompt(record: Record, encoded: Encoded) -> Prompt:
-    return Prompt(encoded.prompt.ids, encoded.prompt.text, record.row, record.group, fields_of(record))
+    prompt = encoded.prompt
+    return Prompt(prompt.ids, prompt.text, record.row, record.group, fields_of(record), prompt.messages)
 
 
 def fields_of(record: Record) -> dict[str, Any]:

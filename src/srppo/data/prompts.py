@@ -62,7 +62,7 @@ def load_prompts(
             continue
         taken[bucket] += 1
         used.append(record)
-        prompts.append(Prompt(rendered.ids, rendered.text, record.row, record.group, fields_of(record)))
+        prompts.append(Prompt(rendered.ids, rendered.text, record.row, record.group, fields_of(record), rendered.messages))
     if not prompts:
         reasons = "; ".join(f"{reason}: {affected}" for reason, affected in tally.all().items())
         raise DataError(f"no prompt is left of {len(records)}. Dropped, {reasons}", source)

@@ -10,6 +10,7 @@ Where we depart from the paper, or it does not say:
 from __future__ import annotations
 
 from srppo.config import RewardConfig
+from srppo.methods.rlhf import BETA as PREFERENCE_BETA
 from srppo.rewards import AdaptiveKL, CoherentReward
 
 
@@ -29,10 +30,15 @@ def coherent_reward(config: RewardConfig) -> CoherentReward:
 
 
 def first_beta(config: RewardConfig) -> float:
-    """The KL coefficient of the first round; 0 without an anchor, 1 where it is left to a reward card that was not made."""
+    """The KL coefficient of the first round; 0 without an anchor, 1 where it is left to a reward card that was not made.
+
+    With a preference model instead of the coherent reward the one left open is methods/rlhf.py's.
+    """
     if config.kl_anchor == "none":
         return 0.0
-    return 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
+    if config.kl_coef != "auto":
+        return float(config.kl_coef)
+    return 1.0 if config.kind == "coherent" else PREFERENCE_BETA
 
 
 def next_beta(config: RewardConfig, beta: float, kl: float, episodes: int) -> float:

@@ -12,7 +12,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFor
 
 from srppo.report.card_words import Row, group, items, part, plain_number, real
 from srppo.report.plots import COLOURS, GROUPS_SHOWN, STAGE_COLOURS
-from srppo.report.record import STAGES, Record
+from srppo.report.record import Record
+from srppo.titles import STAGES
 
 HELDOUT = "held-out"
 HEIGHT = 3.3  # inches

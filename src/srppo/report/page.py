@@ -12,9 +12,10 @@ from srppo import __version__
 from srppo.report import words
 from srppo.report.compare import difference
 from srppo.report.plots import Plot, readable
-from srppo.report.record import STAGES, Record
+from srppo.report.record import Record
 from srppo.report.reward_card import card_view
 from srppo.text import clean, duration, number, percent
+from srppo.titles import STAGES
 
 TEMPLATES = Path(__file__).parent
 PROMPTS_A_GROUP = 3  # shown side by side
@@ -47,7 +48,13 @@ def render(record: Record, plots: list[Plot]) -> str:
         environment=_flat(record.environment),
         config=shown(record.config_text, 100_000),
         version=__version__,
+        subtitle=_subtitle(record),
     )
+
+
+def _subtitle(record: Record) -> str:
+    learned = record.titles != STAGES
+    return "Alignment from demonstrations and a reward model by PPO" if learned else "Alignment from demonstrations by Self-Rewarding PPO"
 
 
 def shown(value: Any, limit: int = LONGEST) -> str:
@@ -84,7 +91,7 @@ def _row(record: Record, group: str, stage: str) -> dict[str, str]:
     found = difference(record, group, stage, "sft") if stage in ("sft_continued", "srppo") else None
     length = result.get("mean_length")
     return {
-        "stage": STAGES[stage],
+        "stage": record.titles[stage],
         "kind": stage,
         "sampled": percent(result.get("sampled")),
         "interval": f"{percent(low)} to {percent(high)}" if low is not None and high is not None else "",
@@ -105,11 +112,11 @@ def _retention(record: Record) -> dict[str, Any]:
     for stage in STAGES:
         loss, nats = nll.get(stage), (forgot.get(stage) or {}).get("nats_per_token")
         if loss is not None or nats is not None:
-            likelihood.append([STAGES[stage], "–" if loss is None else f"{loss:.3f}", "–" if nats is None else f"{nats:.3f}"])
+            likelihood.append([record.titles[stage], "–" if loss is None else f"{loss:.3f}", "–" if nats is None else f"{nats:.3f}"])
     changes = [
         [
             shown(readable(group)),
-            STAGES[stage],
+            record.titles[stage],
             percent(found.get("lost")),
             percent(found.get("gained")),
             number(found.get("base_right", "–")),
@@ -133,7 +140,7 @@ def _answers(record: Record) -> list[dict[str, Any]]:
     for (group, _, prompt), stages in by_prompt.items():
         if taken.get(group, 0) < PROMPTS_A_GROUP and (group in taken or len(taken) < GROUPS_SHOWN):
             taken[group] = taken.get(group, 0) + 1
-            lines = [{"stage": STAGES[stage], "answers": _answer_pair(stages[stage])} for stage in STAGES if stage in stages]
+            lines = [{"stage": record.titles[stage], "answers": _answer_pair(stages[stage])} for stage in STAGES if stage in stages]
             out.setdefault(group, []).append({"group": shown(readable(group)), "prompt": shown(prompt), "lines": lines})
     return [item for items in out.values() for item in items]
 

@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from srppo.report.record import STAGES, Record
+from srppo.report.record import Record
+from srppo.titles import STAGES
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STAGE_COLOURS = {"base": "#7F7F7F", "sft": "#0072B2", "sft_continued": "#56B4E9", "srppo": "#D55E00"}
@@ -107,7 +108,7 @@ def draw_stages(record: Record) -> Figure | None:
                     result["greedy"], height, "D", color=colour, markersize=6, fillstyle="none", label="greedy" if height == 0 else None
                 )
         panel.set_title(readable(group), fontsize=10)
-        panel.set_yticks(range(len(stages)), [STAGES[s] for s in stages])
+        panel.set_yticks(range(len(stages)), [record.titles[s] for s in stages])
         panel.set_ylim(len(stages) - 0.5, -0.5)
         panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         panel.grid(axis="y", visible=False)

@@ -11,8 +11,8 @@ import yaml
 from srppo.errors import RunFolderError
 from srppo.files import read_json, read_lines
 from srppo.run_folder import is_run
+from srppo.titles import STAGES, stage_titles
 
-STAGES = {"base": "base", "sft": "SFT", "sft_continued": "continued SFT", "srppo": "SRPPO"}  # in the order of the tables
 _JSON = {
     "environment.json": "the environment",
     "data.json": "the data report",
@@ -35,6 +35,11 @@ class Record:
     answers: dict[str, list[dict[str, Any]]]  # stage -> one row a prompt, of its evaluation
     card: dict[str, Any]  # the reward card, diagnose.json; runs may well have none
     missing: list[str]  # in words
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What each stage is called, in the order of the tables."""
+        return stage_titles((self.config.get("reward") or {}).get("kind"))
 
     def results(self, stage: str) -> dict[str, dict[str, Any]]:
         """{group: {"sampled", "greedy", …}} of a stage; {} where it was not evaluated."""

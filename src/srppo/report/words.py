@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from srppo.report.compare import difference
 from srppo.report.plots import readable
-from srppo.report.record import STAGES, Record
+from srppo.report.record import Record
 from srppo.text import percent
+from srppo.titles import STAGES
 
 EDGE = 5  # rounds at the beginning and the end over which a course is judged
 MUCH_LONGER = 1.2
@@ -15,7 +16,7 @@ def findings(record: Record) -> list[str]:
     """Sentences: SRPPO against SFT and continued SFT, what was forgotten, length against reward."""
     details = [s for other in ("sft", "sft_continued") for group in record.groups for s in _against(record, group, other)]
     if not details:
-        details = ["There is nothing to compare yet: SRPPO and SFT have not both been evaluated with a scorer."]
+        details = [f"There is nothing to compare yet: {record.titles['srppo']} and SFT have not both been evaluated with a scorer."]
     return details + _retention(record) + _course(record)
 
 
@@ -30,7 +31,7 @@ def verdict(record: Record) -> list[str]:
             rest = len(found) - better - worse
             counts += [f"no clear difference on {rest}"] * bool(rest)
             plural = "group" if len(found) == 1 else "groups"
-            out.append(f"SRPPO against {STAGES[other]}, {len(found)} {plural} of prompts: {', '.join(counts)}.")
+            out.append(f"{record.titles['srppo']} against {record.titles[other]}, {len(found)} {plural} of prompts: {', '.join(counts)}.")
     return out
 
 
@@ -45,8 +46,8 @@ def _against(record: Record, group: str, other: str) -> list[str]:
         verdict = "no clear difference"
     budget = " (trained further with PPO's compute)" if other == "sft_continued" else ""
     return [
-        f"{readable(group)}: SRPPO answers {percent(here['sampled'])} right, "
-        f"{STAGES[other]}{budget} {percent(there['sampled'])}: {verdict} "
+        f"{readable(group)}: {record.titles['srppo']} answers {percent(here['sampled'])} right, "
+        f"{record.titles[other]}{budget} {percent(there['sampled'])}: {verdict} "
         f"({points(found.gain)} points, 95 % interval {points(found.low)} to {points(found.high)})."
     ]
 
@@ -63,9 +64,11 @@ def _retention(record: Record) -> list[str]:
         groups = [g for g in record.groups if (lost.get(stage) or {}).get(g, {}).get("base_right")]
         if groups:
             shares = ", ".join(f"{percent(lost[stage][g].get('lost'))} ({readable(g)})" for g in groups)
-            out.append(f"Of the prompts that the base answers right (greedy), {STAGES[stage]} no longer does: {shares}.")
+            out.append(f"Of the prompts that the base answers right (greedy), {record.titles[stage]} no longer does: {shares}.")
     forgot = record.summary.get("forgetting") or {}
-    parts = [f"{STAGES[s]} {forgot[s]['nats_per_token']:.3f}" for s in STAGES if (forgot.get(s) or {}).get("nats_per_token") is not None]
+    parts = [
+        f"{record.titles[s]} {forgot[s]['nats_per_token']:.3f}" for s in STAGES if (forgot.get(s) or {}).get("nats_per_token") is not None
+    ]
     if parts:
         out.append(
             "Likelihood of the base's own answers to other prompts, lost in nats a token (0 is nothing forgotten): "
@@ -109,7 +112,7 @@ def warnings(record: Record) -> list[str]:
 
 def _endings(record: Record) -> list[str]:
     return [
-        f"{STAGES[s]} ends only {percent(r['eos_rate'], 0)} of its answers on {readable(g)}; the rest are cut at the length limit"
+        f"{record.titles[s]} ends only {percent(r['eos_rate'], 0)} of its answers on {readable(g)}; the rest are cut at the length limit"
         for s in record.stages
         if s != "base"
         for g, r in record.results(s).items()

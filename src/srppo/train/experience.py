@@ -12,9 +12,10 @@ from srppo.advantages import generalized_advantages, group_baseline, reward_to_g
 from srppo.config import RunConfig
 from srppo.masking import masked_mean, masked_sum, masked_whiten
 from srppo.models.over_rollout import over_rollout, role_logprobs, rollout_tokens
+from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
 from srppo.records import Experience, Prompt, Rollout, ScoredRollout
-from srppo.rewards import CoherentReward, RewardOutput, kl_k1, kl_k3
+from srppo.rewards import CoherentReward, PreferenceReward, RewardOutput, kl_k1, kl_k3
 from srppo.rollout.engine import RolloutEngine, Sampling
 from srppo.seeding import permutation, stream_seed
 from srppo.train.compute import Compute
@@ -48,8 +49,15 @@ def collect(
     return rollout
 
 
-def score(roles: Roles, rollout: Rollout, config: RunConfig, compute: Compute, check: Callable[[], None] = lambda: None) -> ScoredRollout:
-    """The frozen models' log-probabilities and the critic's values. A model that serves twice is run once."""
+def score(
+    roles: Roles,
+    rollout: Rollout,
+    config: RunConfig,
+    compute: Compute,
+    check: Callable[[], None] = lambda: None,
+    preference_model: PreferenceModel | None = None,
+) -> ScoredRollout:
+    """The frozen models' log-probabilities, the critic's values and the reward model's scores. A model that serves twice is run once."""
     rows = config.ppo.micro_batch_size
     reward_role = "reward" if roles.has("reward") else "sft"
     needed = {reward_role, "base", "sft"}  # the anchor is one of these
@@ -59,8 +67,13 @@ def score(roles: Roles, rollout: Rollout, config: RunConfig, compute: Compute, c
         said[role] = role_logprobs(roles, role, rollout, rows)
     check()
     values = over_rollout(roles, rollout, rows, roles.values) if roles.has_critic else torch.zeros(rollout.mask.shape)
-    compute.forward_tokens += (len(needed) + roles.has_critic) * rollout_tokens(rollout)
-    return ScoredRollout(rollout, said[reward_role], said["base"], said["sft"], said.get(config.reward.kl_anchor), values)
+    preference = None
+    if preference_model is not None:
+        check()
+        preference = preference_model.scores(rollout, rows)
+    models = len(needed) + roles.has_critic + (preference_model is not None)
+    compute.forward_tokens += models * rollout_tokens(rollout)
+    return ScoredRollout(rollout, said[reward_role], said["base"], said["sft"], said.get(config.reward.kl_anchor), values, preference)
 
 
 @dataclass(frozen=True)
@@ -92,11 +105,20 @@ class Judged:
     returns: Tensor  # [B] score - beta * KL of the whole response
 
 
-def judge(scored: ScoredRollout, reward: CoherentReward, beta: float, old_logprobs: Tensor | None = None) -> Judged:
+def reward_of(scored: ScoredRollout, reward: CoherentReward | PreferenceReward) -> RewardOutput:
+    """What the reward gives for a scored rollout."""
+    mask, ended = scored.rollout.mask, scored.rollout.ended
+    if isinstance(reward, CoherentReward):
+        return reward(scored.lp_reward, scored.lp_base, mask, ended)
+    assert scored.preference is not None, "scored without the reward model"
+    return reward(scored.preference, scored.lp_reward - scored.lp_base, mask, ended)
+
+
+def judge(scored: ScoredRollout, reward: CoherentReward | PreferenceReward, beta: float, old_logprobs: Tensor | None = None) -> Judged:
     """Place the reward and measure the KL. old_logprobs [B, T]: the ratio's denominator; the engine's word by default."""
     mask = scored.rollout.mask
     old = scored.rollout.behaviour_logprobs if old_logprobs is None else old_logprobs
-    given = reward(scored.lp_reward, scored.lp_base, mask, scored.rollout.ended)
+    given = reward_of(scored, reward)
     kl = torch.zeros_like(old) if scored.lp_anchor is None else kl_k1(old, scored.lp_anchor, mask)
     returns = masked_sum(given.token_rewards - beta * kl, mask, 1)
     return Judged(given, kl, kl_k1(old, scored.lp_sft, mask), kl_k3(old, scored.lp_sft, mask), old, returns)

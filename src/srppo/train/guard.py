@@ -15,13 +15,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from srppo.config import RunConfig
 from srppo.diagnose.evidence import Responses, chosen_demonstrations
-from srppo.diagnose.statistics import preference
+from srppo.diagnose.statistics import Floats, preference
 from srppo.masking import masked_mean, masked_sum
+from srppo.methods.rlhf import preference_reward
 from srppo.methods.srppo import coherent_reward
 from srppo.models.over_rollout import role_logprobs
+from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
 from srppo.progress import Progress
 from srppo.records import Example, Rollout
@@ -91,12 +94,20 @@ class Guard:
     """
 
     def __init__(
-        self, roles: Roles, demonstrations: Rollout, config: RunConfig, *, engine: RolloutEngine, run: RunFolder, progress: Progress
+        self,
+        roles: Roles,
+        demonstrations: Rollout,
+        config: RunConfig,
+        *,
+        engine: RolloutEngine,
+        run: RunFolder,
+        progress: Progress,
+        preference_model: PreferenceModel | None = None,
     ):
-        """demonstrations: as `watched` gives them, at least one row."""
+        """demonstrations: as `watched` gives them, at least one row. preference_model: what PPO's reward is, if not the coherent one."""
         self.looks: list[Look] = []
         self._roles, self._demonstrations, self._config = roles, demonstrations, config
-        self._engine, self._run, self._progress = engine, run, progress
+        self._engine, self._run, self._progress, self._preference_model = engine, run, progress, preference_model
         self._folder = run.path / "checkpoints" / CHECKPOINTS
         self._warmup = config.ppo.critic_warmup if config.ppo.baseline == "critic" else 0
         self._theirs: Responses | None = None
@@ -131,7 +142,7 @@ class Guard:
 
     def _see(self, round: int) -> Look:
         roles, config, demonstrations = self._roles, self._config, self._demonstrations
-        rows, each, reward = config.ppo.micro_batch_size, config.guard.samples, coherent_reward(config.reward)
+        rows, each = config.ppo.micro_batch_size, config.guard.samples
         numerator = "reward" if roles.has("reward") else "sft"
         if self._theirs is None:
             said = {role: role_logprobs(roles, role, demonstrations, rows) for role in (numerator, "base")}
@@ -139,8 +150,8 @@ class Guard:
         rollout = self._sample(each)
         scored = {role: role_logprobs(roles, role, rollout, rows) for role in sorted({numerator, "base", "sft", "policy"})}
         ours = Responses(rollout, each, scored)
-        rewards, same = ours.rewards(reward, numerator), ours.same_as(self._theirs)
-        told = preference(self._theirs.rewards(reward, numerator)[:, 0], rewards, same)
+        rewards, same = self._rewards(ours, numerator), ours.same_as(self._theirs)
+        told = preference(self._rewards(self._theirs, numerator)[:, 0], rewards, same)
         told = told[~np.isnan(told)]
         mask, policy = rollout.mask, scored["policy"].double()
         nll = -role_logprobs(roles, "policy", demonstrations, rows).double().sum()
@@ -156,6 +167,15 @@ class Guard:
             entropy=float(masked_mean(-policy, mask)),
             eos_rate=float(rollout.ended.double().mean()),
         )
+
+    def _rewards(self, responses: Responses, numerator: str) -> Floats:
+        """[P, n] PPO's rewards of responses."""
+        if self._preference_model is None:
+            return responses.rewards(coherent_reward(self._config.reward), numerator)
+        rollout = responses.rollout
+        said = self._preference_model.scores(rollout, self._config.ppo.micro_batch_size)
+        scores = preference_reward(self._config.reward)(said, torch.zeros(rollout.mask.shape), rollout.mask, rollout.ended).scores
+        return scores.double().numpy().reshape(-1, responses.each)
 
     def _sample(self, each: int) -> Rollout:
         """The policy's responses at temperature 1. Every look draws from the same streams: common random numbers."""

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from srppo.config import RunConfig
 from srppo.errors import TrainingStopped
 from srppo.masking import masked_sum
+from srppo.methods.rlhf import preference_reward
 from srppo.methods.srppo import coherent_reward, first_beta, next_beta
 from srppo.models.over_rollout import role_logprobs, rollout_tokens
+from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
 from srppo.progress import Progress
 from srppo.records import Prompt, Rollout
-from srppo.rewards import CoherentReward
+from srppo.rewards import CoherentReward, PreferenceReward
 from srppo.rollout.engine import RolloutEngine, Sampling
 from srppo.run_folder import RunFolder
 from srppo.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, saved_steps
@@ -60,11 +62,13 @@ def train_ppo(
     decode: Callable[[list[int]], str],
     evaluate: Callable[[int], dict[str, float]],
     guard: Guard | None = None,
+    preference_model: PreferenceModel | None = None,
 ) -> PPOState:
     """Train the role `policy` (a copy of `sft`) and the critic; both are left at their last state, the policy at the guard's choice.
 
     Resumes from checkpoints/ppo/ when that holds a checkpoint. evaluate(iteration) gives metrics to log with the round.
     guard: watches the policy and may end the rounds early; None, or a run begun by a version without it: all rounds, the last policy.
+    preference_model: judges the responses in place of the coherent reward.
     Raises Interrupted after saving, and TrainingStopped (state saved) on repeated non-finite steps.
     """
     ppo = config.ppo
@@ -86,7 +90,7 @@ def train_ppo(
     elif state.guard:
         state.guard.begin(None)
     run.truncate_metrics(state.iteration if steps else -1, "ppo")
-    reward = coherent_reward(config.reward)
+    reward = coherent_reward(config.reward) if preference_model is None else preference_reward(config.reward)
 
     def save() -> None:
         save_checkpoint(folder, _checkpoint(roles, state, compute), ppo.keep_checkpoints)
@@ -104,7 +108,9 @@ def train_ppo(
                 interrupt.check()
                 iteration = state.iteration + 1
                 dealt = [prompts[i] for i in deal_prompts(len(prompts), ppo.prompts_per_iteration, config.seed, iteration)]
-                metrics = _round(roles, dealt, config, sampling, reward, state, engine, run, progress, compute, interrupt, decode)
+                metrics = _round(
+                    roles, dealt, config, sampling, reward, preference_model, state, engine, run, progress, compute, interrupt, decode
+                )
                 every = config.evaluation.every
                 if every and iteration % every == 0 and iteration < ppo.iterations:
                     metrics |= evaluate(iteration)
@@ -134,7 +140,8 @@ def _round(
     dealt: Sequence[Prompt],
     config: RunConfig,
     sampling: Sampling,
-    reward: CoherentReward,
+    reward: CoherentReward | PreferenceReward,
+    preference_model: PreferenceModel | None,
     state: PPOState,
     engine: RolloutEngine,
     run: RunFolder,
@@ -148,7 +155,7 @@ def _round(
     clock, spent = [time.perf_counter()], Compute()  # counted when the round is finished: a stopped one is done again
     rollout = collect(roles, engine, dealt, sampling, ppo.samples_per_prompt, config.seed, iteration, spent, lambda *_: interrupt.check())
     clock.append(time.perf_counter())
-    scored = score(roles, rollout, config, spent, interrupt.check)
+    scored = score(roles, rollout, config, spent, interrupt.check, preference_model)
     old = None
     if ppo.behaviour_logprobs == "recompute":
         old = role_logprobs(roles, "policy", rollout, ppo.micro_batch_size)
