@@ -1,0 +1,158 @@
+"""What is compared: trainings by name, and the questions that need them. Data only.
+
+Every name is one row of a result file and a seed. SFT trainings are "sft/NAME", PPO from one of them "ppo/NAME", the same SFT trained
+on with PPO's compute "continued/NAME", and what needs no training "free/NAME". "base" is the pretrained model.
+Settings marked (chosen) were picked on seeds 400 and 401, which no table contains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+ROUNDS = 15  # of PPO; accuracy without demonstrations levels off after 15 to 20
+SEEDS = (410, 411, 412, 413, 414)
+TUNING_SEEDS = (400, 401)
+LIGHT = {"sft.steps": 15, "sft.learning_rate": 1e-4}
+
+
+@dataclass(frozen=True)
+class Sft:
+    title: str
+    changes: dict[str, Any]
+    demonstrations: int = 64
+
+
+@dataclass(frozen=True)
+class Ppo:
+    title: str
+    sft: str = "light"
+    changes: dict[str, Any] = field(default_factory=dict)
+    prompts: str = "all"  # of the ten families; "without": of the six that have no demonstrations; "with": of the four that have
+    continued: bool = False  # whether SFT with the same compute is run beside it
+    numerator: str | None = None  # another SFT, as the reward's numerator
+    reward_model: str | None = None  # PPO on a reward model, its preferences on prompts of "all" families or of those "with" demonstrations
+
+
+@dataclass(frozen=True)
+class Free:
+    title: str
+    how: str  # best_of, logits or weights
+    strength: float  # beta of best_of (0: the very best) and logits, alpha of weights
+
+
+SFTS = {
+    "light": Sft("SFT (light: 15 steps at 1e-4)", LIGHT),
+    "medium": Sft("SFT, medium (60 steps at 1e-4)", {"sft.steps": 60, "sft.learning_rate": 1e-4}),
+    "heavy": Sft("SFT, heavy (60 steps at 3e-4)", {"sft.steps": 60, "sft.learning_rate": 3e-4}),
+    "low-lr": Sft("SFT at a tenth of the rate, ten times the steps", {"sft.steps": 150, "sft.learning_rate": 1e-5}),
+    "16": Sft("SFT, 16 demonstrations", LIGHT, 16),
+    "256": Sft("SFT, 256 demonstrations", LIGHT, 256),
+    "1024": Sft("SFT, 1024 demonstrations", LIGHT, 1024),
+    "lora": Sft("SFT, LoRA", {"tuning.kind": "lora", "sft.steps": 15, "sft.learning_rate": 1e-3}),
+    "saved": Sft("SFT, medium, with checkpoints", {"sft.steps": 60, "sft.learning_rate": 1e-4, "sft.checkpoints_at": [0.25, 0.5, 1.0]}),
+}
+CARD = {
+    "diagnose.enabled": True,
+    "diagnose.on_no_go": "warn",
+    "diagnose.preview": False,
+    "sft.keep": "auto",
+    "reward.checkpoint": "auto",
+    "reward.kl_coef": "auto",
+    "guard.every": 3,
+    "guard.keep": "best",
+    "guard.stop": True,
+}
+PPOS = {
+    "eos": Ppo("SRPPO, reward at EOS (the paper's)", continued=True),
+    "token": Ppo("SRPPO, reward at each token", changes={"reward.placement": "token"}),
+    "length": Ppo("SRPPO, reward / length (× 3)", changes={"reward.length_normalization": "mean", "reward.scale": 3.0}),
+    "shift": Ppo("SRPPO, non-positive (clip 2, shift 2)", changes={"reward.token_clip": 2.0, "reward.token_shift": 2.0}),
+    "reward-model": Ppo("PPO, reward model of right and wrong answers", reward_model="all", changes={"reward.kl_coef": 0.2}),
+    "narrow-model": Ppo("PPO, reward model of the demonstrated families", reward_model="with", changes={"reward.kl_coef": 0.2}),
+    "minimal": Ppo("SRPPO, prompts of the other families alone", prompts="without"),
+    "same": Ppo("SRPPO, prompts of the demonstrated families alone", prompts="with"),
+    "16": Ppo("SRPPO", "16", continued=True),
+    "256": Ppo("SRPPO", "256", continued=True),
+    "1024": Ppo("SRPPO", "1024", continued=True),
+    "medium": Ppo("SRPPO", "medium", continued=True),
+    "heavy": Ppo("SRPPO", "heavy", continued=True),
+    "beta-0.3": Ppo("SRPPO, β = 0.3", changes={"reward.kl_coef": 0.3}),
+    "beta-0.5": Ppo("SRPPO, β = 0.5", changes={"reward.kl_coef": 0.5}),
+    "beta-2": Ppo("SRPPO, β = 2", changes={"reward.kl_coef": 2.0}),
+    "numerator": Ppo("SRPPO, reward from the light SFT", "medium", numerator="light"),
+    "lora": Ppo("SRPPO, LoRA", "lora", {"tuning.kind": "lora", "ppo.learning_rate": 1e-3, "ppo.critic_learning_rate": 1e-3}),
+    "card": Ppo("SRPPO, start, numerator and β by the card, guard on", "saved", CARD),
+    "guarded": Ppo("SRPPO, β by the card, guard on", "light", CARD),
+}
+FREE = {
+    "best-of-16": Free("best of 16 SFT samples by the reward", "best_of", 0.0),
+    "drawn-of-16": Free("one of 16 SFT samples, drawn by exp(r / β), β = 1", "best_of", 1.0),
+    "logits-2": Free("logit extrapolation, β = 2", "logits", 2.0),
+    "logits-1": Free("logit extrapolation, β = 1", "logits", 1.0),
+    "logits-0.5": Free("logit extrapolation, β = 0.5", "logits", 0.5),
+    "weights-0.25": Free("weight extrapolation, α = 0.25", "weights", 0.25),
+    "weights-0.5": Free("weight extrapolation, α = 0.5", "weights", 0.5),
+    "weights-1": Free("weight extrapolation, α = 1", "weights", 1.0),
+}
+# Tried on TUNING_SEEDS to choose what SFTS and PPOS above hold; in no table.
+SFTS |= {f"lora-{rate:g}": Sft("", {**SFTS["lora"].changes, "sft.learning_rate": rate}) for rate in (5e-4, 2e-3)}
+TRIED = {
+    **{f"reward-model-{b:g}": Ppo("", reward_model="all", changes={"reward.kl_coef": b}) for b in (0.05, 0.5)},
+    **{f"narrow-model-{b:g}": Ppo("", reward_model="with", changes={"reward.kl_coef": b}) for b in (0.05, 0.5, 2.0)},
+    **{f"shift-{c:g}": Ppo("", changes={"reward.token_clip": c, "reward.token_shift": c}) for c in (0.5, 1.0)},
+    **{f"length-{x:g}": Ppo("", changes={"reward.length_normalization": "mean", "reward.scale": x}) for x in (1.5, 5.0)},
+    **{f"lora-{r:g}": Ppo("", "lora", {**PPOS["lora"].changes, "ppo.learning_rate": r}) for r in (3e-4, 3e-3)},
+}
+PPOS |= TRIED
+QUESTIONS: dict[str, list[str]] = {
+    "methods": [
+        "base",
+        "sft/light",
+        "sft/low-lr",
+        "continued/eos",
+        *(f"free/{name}" for name in FREE),
+        "ppo/eos",
+        "ppo/token",
+        "ppo/length",
+        "ppo/shift",
+        "ppo/reward-model",
+        "ppo/narrow-model",
+        "ppo/guarded",
+        "ppo/card",
+    ],
+    "overlap": ["sft/light", "ppo/eos", "ppo/minimal", "ppo/same"],
+    "demonstrations": [
+        *("sft/16", "ppo/16", "continued/16", "sft/light", "ppo/eos", "continued/eos"),
+        *("sft/256", "ppo/256", "continued/256", "sft/1024", "ppo/1024", "continued/1024"),
+    ],
+    "strength": [
+        *("sft/light", "ppo/eos", "continued/eos", "sft/medium", "ppo/medium", "continued/medium"),
+        *("sft/heavy", "ppo/heavy", "continued/heavy"),
+    ],
+    "beta": ["sft/light", "ppo/beta-0.3", "ppo/beta-0.5", "ppo/eos", "ppo/beta-2"],
+    "numerator": ["sft/medium", "ppo/medium", "ppo/numerator", "continued/medium"],
+    "tuning": ["sft/light", "ppo/eos", "sft/lora", "ppo/lora"],
+}
+
+CHOICES = ["sft/lora", *(f"sft/{n}" for n in SFTS if n.startswith("lora-")), *(f"ppo/{n}" for n in TRIED)]
+CHOICES += [f"free/{n}" for n in FREE] + [f"ppo/{n}" for n in ("eos", "reward-model", "narrow-model", "shift", "length", "lora")]
+
+
+def title(name: str) -> str:
+    """What a row is called in a table."""
+    kind, _, rest = name.partition("/")
+    if kind == "base":
+        return "base"
+    if kind == "continued":
+        return "continued SFT, PPO's compute"
+    table: dict[str, Any] = {"sft": SFTS, "ppo": PPOS, "free": FREE}[kind]
+    return str(table[rest].title)
+
+
+def start_of(name: str) -> str:
+    """The SFT row a row is compared with."""
+    kind, _, rest = name.partition("/")
+    if kind in ("ppo", "continued"):
+        return f"sft/{PPOS[rest].sft}"
+    return "sft/light"
