@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from srppo.seeding import stream_seed
 from srppo.workspace import Workspace
 
 ROWS = 256  # scored at once
+N = 16  # samples to choose from
 
 
 class Extrapolated:
@@ -41,10 +44,13 @@ class Extrapolated:
 
 
 class BestOf:
-    """Of n samples of the SFT model the one with the highest coherent reward. Greedy answers are the SFT model's own."""
+    """Of N samples of the SFT model one, drawn with weights exp(reward / beta), at beta 0 the one with the highest reward.
 
-    def __init__(self, space: Workspace, n: int):
-        self._space, self._n = space, n
+    Greedy answers are the SFT model's own.
+    """
+
+    def __init__(self, space: Workspace, beta: float):
+        self._space, self._beta = space, beta
 
     def generate(
         self,
@@ -59,19 +65,17 @@ class BestOf:
         with roles.use("sft") as sft:
             if sampling.greedy:
                 return engine.generate(sft, prompts, seeds, sampling, prompt_index, on_progress)
-            rows = [list(p) for p in prompts for _ in range(self._n)]
-            drawn = [stream_seed(seed, "best of", i) for seed in seeds for i in range(self._n)]
+            rows = [list(p) for p in prompts for _ in range(N)]
+            drawn = [stream_seed(seed, "best of", i) for seed in seeds for i in range(N)]
             many = engine.generate(sft, rows, drawn, sampling, list(range(len(rows))), on_progress)
         said = [role_logprobs(roles, role, many, ROWS) for role in ("sft", "base")]
         rewards = coherent_reward(self._space.config.reward)(*said, many.mask, many.ended).scores
-        best = rewards.reshape(len(prompts), self._n).argmax(1)
-        chosen = torch.arange(len(prompts)) * self._n + best
+        by_prompt = rewards.reshape(len(prompts), N)
+        if self._beta > 0:  # Gumbel-max: the highest of rewards / beta + noise is a draw from the softmax
+            draws = [random.Random(stream_seed(seed, "drawn of")) for seed in seeds]
+            noise = torch.tensor([[-math.log(-math.log(rng.random() or 1e-300)) for _ in range(N)] for rng in draws])
+            by_prompt = by_prompt / self._beta + noise
+        chosen = torch.arange(len(prompts)) * N + by_prompt.argmax(1)
         index = list(prompt_index) if prompt_index is not None else list(range(len(prompts)))
-        return Rollout(
-            [list(p) for p in prompts],
-            index,
-            many.responses[chosen],
-            many.mask[chosen],
-            many.behaviour_logprobs[chosen],
-            many.ended[chosen],
-        )
+        picked = [x[chosen] for x in (many.responses, many.mask, many.behaviour_logprobs, many.ended)]
+        return Rollout([list(p) for p in prompts], index, *picked)

@@ -158,7 +158,7 @@ def free_row(name: str, seed: int, runs: Path) -> Row:
             role = "extrapolated"
             loaded.roles.extrapolate(role, "sft", case.strength)
         else:
-            engine = Extrapolated(space, case.strength) if case.how == "logits" else BestOf(space, int(case.strength))
+            engine = Extrapolated(space, case.strength) if case.how == "logits" else BestOf(space, case.strength)
         found = evaluate(
             loaded.roles,
             role,
