@@ -99,10 +99,10 @@ FREE = {
 SFTS |= {f"lora-{rate:g}": Sft("", {**SFTS["lora"].changes, "sft.learning_rate": rate}) for rate in (5e-4, 2e-3)}
 TRIED = {
     **{f"reward-model-{b:g}": Ppo("", reward_model="all", changes={"reward.kl_coef": b}) for b in (0.05, 0.5)},
-    **{f"narrow-model-{b:g}": Ppo("", reward_model="with", changes={"reward.kl_coef": b}) for b in (0.05, 0.5, 2.0)},
+    **{f"narrow-model-{b:g}": Ppo("", reward_model="with", changes={"reward.kl_coef": b}) for b in (0.5, 2.0)},
     **{f"shift-{c:g}": Ppo("", changes={"reward.token_clip": c, "reward.token_shift": c}) for c in (0.5, 1.0)},
-    **{f"length-{x:g}": Ppo("", changes={"reward.length_normalization": "mean", "reward.scale": x}) for x in (1.5, 5.0)},
-    **{f"lora-{r:g}": Ppo("", "lora", {**PPOS["lora"].changes, "ppo.learning_rate": r}) for r in (3e-4, 3e-3)},
+    "length-1.5": Ppo("", changes={"reward.length_normalization": "mean", "reward.scale": 1.5}),
+    "lora-0.0003": Ppo("", "lora", {**PPOS["lora"].changes, "ppo.learning_rate": 3e-4}),
 }
 PPOS |= TRIED
 QUESTIONS: dict[str, list[str]] = {

@@ -1,0 +1,165 @@
+"""By what should the guard choose? In the lab, runs without it are watched, and each rule's choice is judged by true accuracy.
+
+python benchmarks/guard_criteria.py --seeds 310 311 312 313 --runs runs/guard_criteria
+
+Every third round: accuracy of one sample on 400 prompts, and the log-probability and length of each held-out demonstration. Rules are
+then tried on the record, which lies in benchmarks/results/guard_criteria.jsonl (a line a run; finished runs are not run again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import srppo.train.guard as guard_module
+from srppo.config import build, merge
+from srppo.files import read_lines
+from srppo.job import align
+from srppo.lab.world import recipe, write_world
+from srppo.models.over_rollout import role_logprobs
+from srppo.progress import make_progress
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/guard_criteria.jsonl"
+GROUPS = ("with_demonstrations", "without_demonstrations")
+SFTS = {"light": (15, 1e-4), "medium": (60, 1e-4), "heavy": (60, 3e-4)}
+SETTINGS = [("light", 1.0), ("light", 0.3), ("medium", 1.0), ("heavy", 1.0), ("heavy", 0.3)]
+EVERY, ROUNDS = 3, 15
+Record = list[dict[str, Any]]  # of a run: a dict a look, the first at the SFT
+Rule = Callable[[Record], int]  # the look it keeps
+
+
+def watch(seed: int, strength: str, beta: float, runs: Path) -> Record:
+    """Run PPO to its end and return what was seen on the way."""
+    world, folder = runs / f"world-{seed}", runs / f"{seed}-{strength}-{beta:g}"
+    if not (world / "eval.jsonl").is_file():
+        write_world(world, seed)
+    steps, rate = SFTS[strength]
+    changes = {
+        "sft.steps": steps,
+        "sft.learning_rate": rate,
+        "reward.kl_coef": beta,
+        "ppo.iterations": ROUNDS,
+        "diagnose.enabled": False,
+        "guard.every": EVERY,
+        "guard.keep": "last",
+        "guard.stop": False,
+        "evaluation.every": EVERY,
+        "evaluation.during_prompts": None,
+        "evaluation.samples": 1,
+        "evaluation.continued_sft": False,
+    }
+    said: list[list[list[float]]] = []
+    see = guard_module.Guard._see
+
+    def noting(self: guard_module.Guard, round: int) -> guard_module.Look:
+        demonstrations = self._demonstrations
+        logprobs = role_logprobs(self._roles, "policy", demonstrations, 64)
+        said.append([row[mask].tolist() for row, mask in zip(logprobs, demonstrations.mask)])
+        return see(self, round)
+
+    guard_module.Guard._see = noting  # type: ignore[method-assign]
+    try:
+        summary = align(build(merge(recipe(world, seed, folder), changes)), overwrite=folder.exists(), progress=make_progress("quiet"))
+    finally:
+        guard_module.Guard._see = see  # type: ignore[method-assign]
+    middle = {r["iteration"]: r for r in read_lines(folder / "metrics.jsonl") if r.get("stage") == "ppo" and "iteration" in r}
+    accuracy = [{g: summary["sft"][g]["sampled"] for g in GROUPS}]
+    accuracy += [{g: middle[i][f"eval/{g}/sampled"] for g in GROUPS} for i in range(EVERY, ROUNDS, EVERY)]
+    accuracy.append({g: summary["srppo"][g]["sampled"] for g in GROUPS})
+    return [{"accuracy": a, "demonstrations": d} for a, d in zip(accuracy, said, strict=True)]
+
+
+def responses(look: dict[str, Any]) -> np.ndarray:
+    """[demonstrations] log-probability of each."""
+    return np.array([sum(tokens) for tokens in look["demonstrations"]])
+
+
+def loglikelihood(look: dict[str, Any]) -> np.ndarray:
+    return responses(look)
+
+
+def probability(look: dict[str, Any]) -> np.ndarray:
+    """[demonstrations] of the whole demonstration: how often the policy would say it."""
+    return np.exp(responses(look))
+
+
+def inverse_perplexity(look: dict[str, Any]) -> np.ndarray:
+    return np.exp([np.mean(tokens) for tokens in look["demonstrations"]])
+
+
+def token_probability(look: dict[str, Any]) -> np.ndarray:
+    return np.array([np.mean(np.exp(tokens)) for tokens in look["demonstrations"]])
+
+
+CRITERIA = {f.__name__: f for f in (loglikelihood, probability, inverse_perplexity, token_probability)}
+
+
+def best(criterion: Callable[[dict[str, Any]], np.ndarray]) -> Rule:
+    return lambda record: int(np.argmax([criterion(look).mean() for look in record]))
+
+
+def latest_not_worse(criterion: Callable[[dict[str, Any]], np.ndarray], errors: float) -> Rule:
+    """The last look that is not worse than the best by more than `errors` standard errors of the paired difference."""
+
+    def rule(record: Record) -> int:
+        values = [criterion(look) for look in record]
+        top = int(np.argmax([v.mean() for v in values]))
+        gaps = [values[top] - v for v in values]
+        fine = [i for i, g in enumerate(gaps) if g.mean() <= errors * g.std(ddof=1) / np.sqrt(len(g))]
+        return max([*fine, top])
+
+    return rule
+
+
+RULES: dict[str, Rule] = {
+    "no guard": lambda record: len(record) - 1,
+    "the SFT": lambda record: 0,
+    **{f"best {name}": best(f) for name, f in CRITERIA.items()},
+    **{f"latest within {k:g} errors, {name}": latest_not_worse(f, k) for name, f in CRITERIA.items() for k in (1.0, 2.0)},
+    "hindsight": lambda record: int(np.argmax([look["accuracy"][GROUPS[1]] for look in record])),
+}
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Mean change of accuracy from the SFT by setting (both groups), and the worst run without demonstrations."""
+    settings = [(s, b) for s, b in SETTINGS if any(r["strength"] == s and r["beta"] == b for r in runs)]
+    lines = ["| rule | " + " | ".join(f"{s}, β {b:g}" for s, b in settings) + " | mean | worst run |", "|---" * (len(settings) + 3) + "|"]
+    for name, rule in RULES.items():
+        cells, every = [], []
+        for strength, beta in settings:
+            gains = []
+            for run in runs:
+                if (run["strength"], run["beta"]) == (strength, beta):
+                    kept, start = run["record"][rule(run["record"])]["accuracy"], run["record"][0]["accuracy"]
+                    gains.append([100 * (kept[g] - start[g]) for g in GROUPS])
+            cells.append(" / ".join(f"{x:+.1f}" for x in np.mean(gains, 0)))
+            every += gains
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {np.mean(every):+.1f} | {np.min(np.array(every)[:, 1]):+.1f} |")
+    return "\n".join(lines).replace("-0.0", "0.0")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[310, 311, 312, 313])
+    parser.add_argument("--runs", type=Path, default=Path("runs/guard_criteria"))
+    options = parser.parse_args()
+    for seed in options.seeds:
+        for strength, beta in SETTINGS:
+            rows = read_lines(RESULTS) if RESULTS.is_file() else []
+            if any((r["seed"], r["strength"], r["beta"]) == (seed, strength, beta) for r in rows):
+                continue
+            record = watch(seed, strength, beta, options.runs)
+            with RESULTS.open("a") as stream:
+                stream.write(json.dumps({"seed": seed, "strength": strength, "beta": beta, "record": record}) + "\n")
+            print(seed, strength, beta, [round(look["accuracy"][GROUPS[1]], 3) for look in record], flush=True)
+    print(table([r for r in read_lines(RESULTS) if r["seed"] in options.seeds]))
+
+
+if __name__ == "__main__":
+    main()

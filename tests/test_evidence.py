@@ -1,0 +1,66 @@
+"""The figures of the evidence pages: intervals against a closed form, pairing, what was lost, and digits that mean what they say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from srppo.evaluate import Answers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.evidence import cases, figures, run
+
+
+def test_the_interval_has_the_width_of_both_levels() -> None:
+    """The bootstrap mean of S drawn seeds of n drawn prompts: variance (between + mean within / n) / S."""
+    rng = np.random.default_rng(1)
+    parts = [rng.normal(mean, 1.0, size=200) for mean in (0.0, 0.3, -0.4, 0.2, 0.6)]
+    between, within = np.var([p.mean() for p in parts]), np.mean([p.var() for p in parts])
+    wide = 2 * 1.96 * np.sqrt((between + within / 200) / 5)
+    found = figures.estimate(parts)
+    assert found.value == pytest.approx(np.mean([p.mean() for p in parts]))
+    assert found.high - found.low == pytest.approx(wide, rel=0.08)
+    assert found.low < found.value < found.high
+
+
+def row(seed: int, name: str, right: str, greedy: str) -> dict[str, Any]:
+    told = {"right": right, "greedy": greedy, "samples": 2, "length": 3.0, "ends": 1.0}
+    return {"name": name, "seed": seed, "groups": dict.fromkeys(figures.GROUPS, told)}
+
+
+def test_gains_are_paired_and_losses_counted_from_what_the_base_knew() -> None:
+    rows = {}
+    for seed in (1, 2):
+        for name, right, greedy in (("base", "0000", "1101"), ("sft/light", "0120", "1111"), ("ppo/eos", "1220", "0111")):
+            rows[name, seed] = row(seed, name, right, greedy)
+    rows["ppo/eos", 3] = row(3, "ppo/eos", "2222", "1111")  # a seed that the other lacks
+    found = figures.gain(rows, "ppo/eos", "sft/light", "with_demonstrations")
+    assert found.value == pytest.approx((0.5 + 0.5 + 0 + 0) / 4)
+    assert figures.each_gain(rows, "ppo/eos", "sft/light", "with_demonstrations") == [0.25, 0.25]
+    assert figures.seeds_of(rows, "ppo/eos", "sft/light") == [1, 2]
+    assert figures.lost(rows, "ppo/eos", "with_demonstrations").value == pytest.approx(1 / 3)  # the first of the base's three
+
+
+def test_answers_become_digits_in_the_order_of_their_rows() -> None:
+    answers = [
+        Answers("g", 5, "b", ["x", "y"], [1.0, 1.0], "x", 0.0, [1, 1]),
+        Answers("other", 1, "c", ["x", "y"], [1.0, 1.0], "x", 1.0, [1, 1]),
+        Answers("g", 2, "a", ["x", "y"], [0.0, 1.0], "x", 1.0, [1, 1]),
+    ]
+    told = run.answers_row(answers, {"mean_length": 2.0, "eos_rate": 1.0}, "g")
+    assert (told["right"], told["greedy"]) == ("12", "10")
+
+
+def test_every_name_of_a_question_can_be_run() -> None:
+    for name in {n for names in cases.QUESTIONS.values() for n in names} | set(cases.CHOICES):
+        kind, _, rest = name.partition("/")
+        tables: dict[str, dict[str, Any]] = {"sft": cases.SFTS, "ppo": cases.PPOS, "free": cases.FREE, "continued": cases.PPOS}
+        assert name == "base" or rest in tables[kind], name
+        if kind == "continued":
+            assert cases.PPOS[rest].continued, name
+        if kind in ("ppo", "continued"):
+            assert cases.PPOS[rest].sft in cases.SFTS
