@@ -10,9 +10,8 @@ import numpy as np
 from srppo.intervals import bootstrap_interval
 from srppo.models.roles import Roles
 from srppo.records import Prompt, Rollout
-from srppo.rollout.engine import RolloutEngine, Sampling
+from srppo.rollout.engine import RolloutEngine, Sampling, repeated
 from srppo.scoring import Scorer
-from srppo.seeding import stream_seed
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ def evaluate(
 
     The random streams depend on seed, prompt and sample only: roles are compared on common random numbers.
     """
-    index = [i for i in range(len(prompts)) for _ in range(samples)]
-    seeds = [stream_seed(seed, "evaluate", i, s) for i in range(len(prompts)) for s in range(samples)]
+    asked, seeds, index = repeated([p.ids for p in prompts], samples, seed, "evaluate")
     every = list(range(len(prompts)))
     total = len(index) + len(every)
 
@@ -92,7 +90,7 @@ def evaluate(
         return lambda done, _: on_progress(start + done, total) if on_progress else None
 
     with roles.use(role) as model:
-        sampled = engine.generate(model, [prompts[i].ids for i in index], seeds, Sampling(max_new_tokens), index, progress_from(0))
+        sampled = engine.generate(model, asked, seeds, Sampling(max_new_tokens), index, progress_from(0))
         greedy = engine.generate(
             model,
             [p.ids for p in prompts],

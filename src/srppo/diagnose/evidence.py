@@ -20,11 +20,11 @@ from srppo.models.over_rollout import role_logprobs
 from srppo.models.roles import Roles
 from srppo.records import Example, Prompt, Rollout
 from srppo.rewards import CoherentReward
-from srppo.rollout.engine import Sampling
+from srppo.rollout.engine import Sampling, repeated
 from srppo.rollout.extrapolation import generate_extrapolated
 from srppo.rollout.torch_engine import TorchEngine, position_limit
 from srppo.scoring import Scorer
-from srppo.seeding import permutation, stream_seed
+from srppo.seeding import permutation
 
 CANDIDATE = "candidate"  # the role a checkpoint plays while it is looked at
 OTHER = "reward"  # the name of a numerator that is no checkpoint of this run's SFT
@@ -150,9 +150,7 @@ class Gatherer:
         return Responses(rollout, each, {})
 
     def _rows(self, author: str, prompts: Sequence[list[int]], each: int, purpose: str) -> tuple[list[list[int]], list[int], list[int]]:
-        index = [p for p in range(len(prompts)) for _ in range(each)]
-        seeds = [stream_seed(self.config.seed, "diagnose", purpose, author, p, i) for p in range(len(prompts)) for i in range(each)]
-        return [prompts[p] for p in index], seeds, index
+        return repeated(prompts, each, self.config.seed, "diagnose", purpose, author)
 
     @property
     def _sampling(self) -> Sampling:

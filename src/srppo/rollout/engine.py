@@ -11,6 +11,7 @@ from torch import Tensor
 from srppo.errors import ConfigError
 from srppo.masking import masked_mean
 from srppo.records import Rollout
+from srppo.seeding import stream_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,3 +101,13 @@ def mismatch(behaviour_logprobs: Tensor, trainer_logprobs: Tensor, mask: Tensor)
         "max_abs": float(size.max()) if size.numel() else 0.0,
         "k3": float(masked_mean(difference.expm1() - difference, mask)),
     }
+
+
+def repeated(prompts: Sequence[list[int]], each: int, seed: int, *stream: int | str) -> tuple[list[list[int]], list[int], list[int]]:
+    """What `generate` needs for `each` samples a prompt: rows (a prompt's samples one after the other), their seeds, their prompts.
+
+    seed, stream: what names the random streams; prompt and sample are added to it.
+    """
+    index = [p for p in range(len(prompts)) for _ in range(each)]
+    seeds = [stream_seed(seed, *stream, p, s) for p in range(len(prompts)) for s in range(each)]
+    return [prompts[p] for p in index], seeds, index

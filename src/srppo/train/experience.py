@@ -16,8 +16,8 @@ from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
 from srppo.records import Experience, Prompt, Rollout, ScoredRollout
 from srppo.rewards import CoherentReward, PreferenceReward, RewardOutput, kl_k1, kl_k3
-from srppo.rollout.engine import RolloutEngine, Sampling
-from srppo.seeding import permutation, stream_seed
+from srppo.rollout.engine import RolloutEngine, Sampling, repeated
+from srppo.seeding import permutation
 from srppo.train.compute import Compute
 
 
@@ -41,10 +41,9 @@ def collect(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Rollout:
     """The policy's responses, `samples` for each prompt. Every row has its own random stream."""
-    index = [i for i in range(len(prompts)) for _ in range(samples)]
-    seeds = [stream_seed(seed, "rollout", iteration, i, s) for i in range(len(prompts)) for s in range(samples)]
+    rows, seeds, index = repeated([p.ids for p in prompts], samples, seed, "rollout", iteration)
     with roles.use("policy") as model:
-        rollout = engine.generate(model, [prompts[i].ids for i in index], seeds, sampling, index, on_progress)
+        rollout = engine.generate(model, rows, seeds, sampling, index, on_progress)
     compute.forward_tokens += rollout_tokens(rollout)
     return rollout
 

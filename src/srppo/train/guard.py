@@ -28,9 +28,8 @@ from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
 from srppo.progress import Progress
 from srppo.records import Example, Rollout
-from srppo.rollout.engine import RolloutEngine, Sampling
+from srppo.rollout.engine import RolloutEngine, Sampling, repeated
 from srppo.run_folder import RunFolder
-from srppo.seeding import stream_seed
 from srppo.train.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint, saved_steps
 
 CHECKPOINTS = "guard-best"  # under checkpoints/
@@ -179,12 +178,10 @@ class Guard:
 
     def _sample(self, each: int) -> Rollout:
         """The policy's responses at temperature 1. Every look draws from the same streams: common random numbers."""
-        prompts, seed = self._demonstrations.prompt_ids, self._config.seed
-        index = [i for i in range(len(prompts)) for _ in range(each)]
-        seeds = [stream_seed(seed, "guard", i, s) for i in range(len(prompts)) for s in range(each)]
+        rows, seeds, index = repeated(self._demonstrations.prompt_ids, each, self._config.seed, "guard")
         sampling = Sampling(self._config.rollout.max_new_tokens)
         with self._progress.stage("Guard", len(index), "samples") as ticker, self._roles.use("policy") as model:
-            return self._engine.generate(model, [prompts[i] for i in index], seeds, sampling, index, lambda done, _: ticker.advance(done))
+            return self._engine.generate(model, rows, seeds, sampling, index, lambda done, _: ticker.advance(done))
 
     # --- across a stop
 
