@@ -18,7 +18,7 @@ from srppo.intervals import bootstrap_interval
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/results/card_grid.md"
 HARM = 0.03  # a change of accuracy by less is called no change
-TUNING = (200, 201)  # seeds on which rules and thresholds were chosen; all others check them
+TUNING = (200, 201, 202, 203)  # seeds on which rules and thresholds were chosen; all others check them
 VERDICTS = ("go", "caution", "no-go")
 OUTCOMES = ("better", "no change", "worse")
 
@@ -37,7 +37,13 @@ def best_beta(row: dict[str, Any]) -> float:
 
 def card(row: dict[str, Any], beta: float) -> RewardCard:
     """As much of the card as the verdict reads, for PPO at one beta."""
-    betas = [BetaRow(**{k: v for k, v in r.items() if k not in ("gain", "accuracy", "accuracy_gain")}) for r in row["rows"]]
+    most = max(heldout_rows(row))  # where rows were noted before the card had match_gain: equal weights, nearly
+    betas = []
+    for r in row["rows"]:
+        kept = {k: v for k, v in r.items() if k not in ("gain", "accuracy", "accuracy_gain")}
+        if r["group"] == "held-out":
+            kept.setdefault("match_gain", r["match"] - heldout_rows(row)[most]["match"])
+        betas.append(BetaRow(**kept))
     auc = Preference("sft", "all", Estimate(**row["auc"]), Estimate(None))
     decision = Decision("sft", "sft", beta, Estimate(**heldout_rows(row)[beta]["gain"]))
     spreads = [RewardSpread(**s) for s in row["spreads"]]

@@ -20,6 +20,9 @@ def spread(group: str, mean: float = 1.0, tail: float = 2.0, length: float = 10.
     return RewardSpread("sft", group, mean, 0.5, [0.1, 0.5, 1.0, 1.5, tail], length, ends, 100)
 
 
+MATCHING = BetaRow(1.0, "held-out", 0.8, 0.2, 1.5, 10.0, match=0.42)
+
+
 def card(**changes: Any) -> RewardCard:
     """A card with nothing against it."""
     decision = Decision("sft", "sft", 1.0, GAIN, ["reward.kl_coef"])
@@ -52,6 +55,13 @@ def preferring(*figures: float) -> list[Preference]:
         ({"preferences": []}, "caution", "no held-out demonstrations"),
         ({"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20))}, "no-go", "Even at the best beta, 1, PPO would not make"),
         ({"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20), automatic=False)}, "no-go", "At the recipe's beta, 1"),
+        (
+            {"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20)), "betas": [replace(MATCHING, match_gain=0.07)]},
+            "caution",
+            r"-0.10 nats a response \(-0.30 to \+0.10\); but it would say what they say more often \(35 to 42 % of",
+        ),
+        ({"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20)), "betas": [replace(MATCHING, match_gain=0.0)]}, "no-go", "Even at the best"),
+        ({"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20)), "betas": [replace(MATCHING, beta=0.5, match_gain=0.1)]}, "no-go", "Even at"),
         ({"decision": deciding(Estimate(0.1, -0.1, 0.3, 20))}, "caution", "is not clear: \\+0.10"),
         ({"decision": deciding(Estimate(None))}, "go", "prefers"),
         ({"length_bias": replace(BIAS, eos_share=0.7)}, "caution", "70 % of the reward sits in the EOS token"),

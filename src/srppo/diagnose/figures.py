@@ -101,6 +101,7 @@ def beta_rows(group: Group, reward: CoherentReward, numerator: str, betas: Seque
                 None if held is None else estimate(likelihood_gain(held.rewards(reward, numerator)[:, 0], rewards, beta)),
                 None if accuracy is None else estimate(accuracy),
                 None if accuracy is None or group.scores is None else estimate(accuracy - group.scores.mean(1)),
+                match_gain=None if same is None else float((weights * same).sum(1).mean() - same.mean()),
             )
         )
     return out

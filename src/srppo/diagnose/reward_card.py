@@ -64,6 +64,7 @@ class BetaRow:
     gain: Estimate | None = None  # predicted rise of the held-out demonstrations' log-likelihood, nats a response (held-out only)
     accuracy: Estimate | None = None  # where a scoring function fits
     accuracy_gain: Estimate | None = None  # against equal weights, paired over prompts
+    match_gain: float | None = None  # match minus that of equal weights, the start's own (held-out only)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,12 @@ def _gain(card: RewardCard) -> list[Finding]:
     figures = f"{gain.value:+.2f} nats a response ({gain.low:+.2f} to {gain.high:+.2f})"
     if gain.value <= 0:
         chosen = "Even at the best beta" if "reward.kl_coef" in card.decision.automatic else "At the recipe's beta"
-        return [("no-go", f"{chosen}, {beta:g}, PPO would not make held-out demonstrations likelier: {figures}.")]
+        words = f"{chosen}, {beta:g}, PPO would not make held-out demonstrations likelier: {figures}"
+        row = _row_at(card, "held-out")
+        if row is not None and row.match is not None and row.match_gain is not None and row.match_gain > 0:
+            before, after = 100 * (row.match - row.match_gain), 100 * row.match
+            return [("caution", f"{words}; but it would say what they say more often ({before:.0f} to {after:.0f} % of its samples).")]
+        return [("no-go", f"{words}.")]
     if gain.low <= 0:
         return [("caution", f"Whether PPO at beta {beta:g} makes held-out demonstrations likelier is not clear: {figures}.")]
     return [("go", f"At beta {beta:g} PPO should make held-out demonstrations likelier: {figures}.")]
