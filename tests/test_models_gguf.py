@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
+    modeling_gguf_pytorch_utils,
 )
 
 from srppo.config import ModelConfig
@@ -119,6 +120,13 @@ def test_a_gguf_model_becomes_an_ordinary_one(gguf_file: tuple[Path, PreTrainedM
     with torch.no_grad(), roles.use("sft") as model:
         assert torch.equal(again(ids).logits, model(ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "sft").get_vocab() == roles.tokenizer.get_vocab()
+
+
+def test_loading_is_silent(gguf_file: tuple[Path, PreTrainedModel], capfd: pytest.CaptureFixture[str]) -> None:
+    bar = modeling_gguf_pytorch_utils.tqdm
+    load(gguf_file[0])
+    assert "tensors" not in capfd.readouterr().err
+    assert modeling_gguf_pytorch_utils.tqdm is bar
 
 
 def test_ways_to_name_a_gguf_model(gguf_file: tuple[Path, PreTrainedModel], llama: Path, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from srppo.config import ModelConfig
@@ -92,11 +93,15 @@ def load_model(model: ModelConfig, *, name: str | None = None, dtype: str | None
 @contextmanager
 def quiet() -> Iterator[None]:
     """transformers without its progress bars: srppo shows its own progress, and logs stay readable."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
+    shown, bar = transformers.utils.logging.is_progress_bar_enabled(), getattr(modeling_gguf_pytorch_utils, "tqdm", None)
     transformers.utils.logging.disable_progress_bar()
+    if bar is not None:  # the GGUF reader's own, which does not ask whether bars are wanted
+        modeling_gguf_pytorch_utils.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
+        if bar is not None:
+            modeling_gguf_pytorch_utils.tqdm = bar
         if shown:
             transformers.utils.logging.enable_progress_bar()
 
