@@ -57,6 +57,33 @@ def test_excluded_rollouts_do_not_shape_the_whitening() -> None:
     assert experience.advantages[1].tolist() == [0.0, 0.0, 0.0]
 
 
+def group_of_four(last_reward: float) -> ScoredRollout:
+    """Three samples of a prompt with rewards 1, 2 and `last_reward`, the third cut, and one of another prompt; two tokens each."""
+    mask = torch.ones(4, 2).bool()
+    rollout = Rollout(
+        [[5]] * 3 + [[6]], [0, 0, 0, 1], torch.full((4, 2), 7), mask, torch.full((4, 2), -1.0), torch.tensor([1, 1, 0, 1]).bool()
+    )
+    base = torch.full((4, 2), -1.0)
+    sft = base.clone()
+    sft[:, 0] += torch.tensor([1.0, 2.0, last_reward, 50.0])
+    return ScoredRollout(rollout, sft, base, base, None, torch.zeros(4, 2))
+
+
+def test_excluded_rollouts_shape_neither_baseline_nor_the_critics_units() -> None:
+    """RLOO by hand: of the two kept samples each is the other's baseline; one alone has nothing to be compared with."""
+    config = build(
+        {"reward": {"missing_eos": "exclude"}, "ppo": {"baseline": "group", "samples_per_prompt": 3, "whiten_advantages": False}}
+    )
+    for last in (0.0, 90.0):
+        rollout = group_of_four(last)
+        judged = judge(rollout, coherent_reward(config.reward), 0.0)
+        assert ValueScale.of(judged.returns[judged.reward.keep]) == ValueScale.of(torch.tensor([1.0, 2.0, 50.0]))
+        found = make_experience(rollout, judged, 0.0, ValueScale(), config)
+        assert found.advantages[:, 0].tolist() == [-1.0, 1.0, 0.0, 0.0] and found.keep.tolist() == [True, True, False, True]
+        assert round_metrics(judged, found, 0.0, ValueScale())["critic/explained_variance"] == pytest.approx(0.0, abs=1e-6)
+    assert ValueScale.of(torch.zeros(0)) == ValueScale()
+
+
 def test_a_perfect_critic_explains_everything() -> None:
     config = build({"ppo": {"gae_lambda": 1.0}, "reward": {"kl_anchor": "none"}})
     judged = judge(scored(), coherent_reward(config.reward), 0.0)

@@ -19,6 +19,7 @@ from srppo.errors import ConfigError, DataError, ModelError, RunFolderError, Tra
 from srppo.models.roles import Roles
 from srppo.progress import make_progress
 from srppo.records import TokenBatch
+from srppo.train import continued as continued_module
 from srppo.train import ppo as ppo_module
 from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
 from tiny_job import StopAt, tiny_job, write_rows
@@ -131,6 +132,32 @@ def test_a_stopped_run_resumes_exactly(kind: str, tmp_path: Path, monkeypatch: p
         assert without_clock(metrics(whole.output, stage)) == without_clock(metrics(broken.output, stage))
     one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "broken"))
     assert one["srppo"] == other["srppo"] and one["compute"] == other["compute"]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("heldout", [4, 0])
+def test_stopped_continued_sft_resumes_exactly(kind: str, heldout: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With held-out demonstrations the best state so far is saved too; without, the last one is what counts."""
+    changes: dict[str, Any] = {"data__heldout": heldout, "sft__learning_rate": 1e-3, "diagnose__enabled": False, "guard__every": 0}
+    whole, broken = (tiny_job(tmp_path, "llama", kind, output=str(tmp_path / name), **changes) for name in ("whole", "broken"))
+    run(whole)
+    inner = continued_module.train_supervised
+    for at in (3, 4):
+
+        def stopping(*args: Any, at: int = at, **options: Any) -> None:
+            inner(*args, **(options | {"interrupt": StopAt(at)}))
+
+        monkeypatch.setattr(continued_module, "train_supervised", stopping)
+        with pytest.raises(Interrupted, match=r"stopped after step \d of \d+ of continued SFT"):
+            run(broken, resume=(tmp_path / "broken").exists())
+    monkeypatch.setattr(continued_module, "train_supervised", inner)
+    run(broken, resume=True)
+    one, other = (weights(tmp_path / name / "sft_continued") for name in ("whole", "broken"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert without_clock(metrics(whole.output, "sft_continued")) == without_clock(metrics(broken.output, "sft_continued"))
+    ends = [json.loads((tmp_path / name / "stages/sft_continued.json").read_text()) for name in ("whole", "broken")]
+    assert {k: v for k, v in ends[0].items() if k != "seconds"} == {k: v for k, v in ends[1].items() if k != "seconds"}
+    assert ends[0]["trained_steps"] > 5 and not (tmp_path / "broken/checkpoints/sft_continued").exists()
 
 
 def test_a_finished_run_resumes_to_the_same_summary(tmp_path: Path) -> None:

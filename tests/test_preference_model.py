@@ -8,14 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    MPNetConfig,
+    PreTrainedModel,
+    RobertaConfig,
+)
 
 import srppo
 import tiny_tokenizers
 from srppo.config import build
 from srppo.errors import ConfigError, ModelError
-from srppo.models.preference_model import PreferenceModel
+from srppo.flags import parse_overrides
+from srppo.models.preference_model import PreferenceModel, _positions
 from srppo.progress import make_progress
 from srppo.records import Prompt, Rollout
 from srppo.rewards import PreferenceReward
@@ -49,6 +58,12 @@ def bert(folder: Path, tokenizer: Any) -> str:
     model.save_pretrained(folder / "bert")
     tokenizer.save_pretrained(folder / "bert")
     return str(folder / "bert")
+
+
+def edit(name: str, **changes: Any) -> None:
+    """Change a classifier's config.json."""
+    file = Path(name) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def rollout() -> Rollout:
@@ -94,7 +109,7 @@ def test_the_chosen_label_by_its_log_odds(tmp_path: Path) -> None:
     for row in range(4):
         p = alone(model, data.prompt_ids[row] + data.response_ids(row)).softmax(-1)[1]
         wanted.append(float((p / (1 - p)).log()))
-    for label in (1, "1", "LABEL_1"):
+    for label in ("1", "LABEL_1"):
         assert asked(name, label=label).scores(data, 4).tolist() == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(ConfigError, match=r"has 3 labels, 0 \(LABEL_0\), .*reward.preference_label"):
         asked(name)
@@ -135,12 +150,135 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
         asked(str(tmp_path / "nowhere"))
     name = classifier(tmp_path / "one")
     with pytest.raises(ConfigError, match="single output"):
-        asked(name, label=1)
+        asked(name, label="1")
     weights = Path(name) / "model.safetensors"
     torch.save(load_file(weights), Path(name) / "pytorch_model.bin")
     weights.unlink()
     with pytest.raises(ModelError, match="pickle"):
         asked(name)
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_labels_that_do_not_compete_are_taken_alone(problem: str, tmp_path: Path) -> None:
+    name = classifier(tmp_path, labels=3)
+    edit(name, problem_type=problem, id2label={"0": "2", "1": "1", "2": "0"}, label2id={"2": 0, "1": 1, "0": 2})
+    model, data = AutoModelForSequenceClassification.from_pretrained(name).eval(), rollout()
+    wanted = [float(alone(model, data.prompt_ids[row] + data.response_ids(row))[2]) for row in range(4)]
+    assert asked(name, label="0").scores(data, 4).tolist() == pytest.approx(wanted, abs=1e-5)  # a name goes before a number
+
+
+def test_the_same_tokenizer_without_a_template_reads_the_policys_ids(tmp_path: Path) -> None:
+    """The run puts a plain template on a policy that has none; the tokenizer is the classifier's all the same."""
+    bare = tiny_tokenizer(chat=False)
+    bare.chat_template = None
+    name = classifier(tmp_path, tokenizer=bare)
+    policy = tiny_tokenizer()
+    config = build({"reward": {"kind": "preference_model", "preference_model": name}, "rollout": {"max_new_tokens": 6}})
+    found = PreferenceModel(config, PROMPTS, policy, policy.decode, policy_templates=[None])
+    model, data = AutoModelForSequenceClassification.from_pretrained(name).eval(), rollout()
+    wanted = [float(alone(model, data.prompt_ids[row] + data.response_ids(row))[0]) for row in range(4)]
+    assert found.scores(data, 4).tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_text_is_begun_once(tmp_path: Path) -> None:
+    """A prompt rendered with a BOS, and a tokenizer that adds its own."""
+    tokenizer = tiny_tokenizers.llama3()
+    tokenizer.chat_template = None
+    name = bert(tmp_path, tokenizer)
+    text = tokenizer.bos_token + "hello"
+    prompts = [Prompt([7, 8, 9], text, 0)]
+    config = build({"reward": {"kind": "preference_model", "preference_model": name}, "rollout": {"max_new_tokens": 6}})
+    found = PreferenceModel(config, prompts, tiny_tokenizer(), lambda _: " world")
+    ids = found._text_ids(prompts[0], " world")
+    assert ids.count(tokenizer.bos_token_id) == 1 and tokenizer.decode(ids) == text + " world"
+
+
+def test_what_is_too_long_loses_its_beginning_and_is_counted(tmp_path: Path) -> None:
+    """A held-out demonstration may be longer than any rollout; the guard asks about it."""
+    name = classifier(tmp_path, "gpt2", n_positions=12)
+    model, data = AutoModelForSequenceClassification.from_pretrained(name).eval(), rollout()
+    long = torch.arange(20, 36)[None].repeat(2, 1)
+    mask = torch.ones_like(long).bool()
+    many = Rollout([[7, 8, 9], [40]], [0, 1], long, mask, torch.zeros(mask.shape), torch.ones(2).bool())
+    found = asked(name)
+    assert found.scores(data, 4).shape == (4,) and found.cut == 0
+    wanted = [float(alone(model, long[0].tolist()[-12:])[0])] * 2  # an unknown prompt, of a demonstration that is all text, is no obstacle
+    assert found.scores(many, 2).tolist() == pytest.approx(wanted, abs=1e-5) and found.cut == 2
+
+
+@pytest.mark.parametrize("pad", [-1, 500])
+def test_a_pad_token_outside_the_embedding_is_not_used(pad: int, tmp_path: Path) -> None:
+    name = classifier(tmp_path, "gpt2")
+    edit(name, pad_token_id=pad)
+    model, data = AutoModelForSequenceClassification.from_pretrained(name).eval(), rollout()
+    model.config.pad_token_id = None
+    wanted = [float(alone(model, data.prompt_ids[row] + data.response_ids(row))[0]) for row in range(4)]
+    assert asked(name).scores(data, 4).tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_scores_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
+    name = classifier(tmp_path)
+    weights = load_file(Path(name) / "model.safetensors")
+    weights["score.weight"][:] = float("nan")
+    save_file(weights, Path(name) / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"NaN or infinite scores; use model.dtype float32"):
+        asked(name).scores(rollout(), 4)
+
+
+def test_a_classifier_whose_template_refuses_the_conversation_is_refused(tmp_path: Path) -> None:
+    name = bert(tmp_path, tiny_tokenizers.gemma())
+    with pytest.raises(ModelError, match=r"refuses the prompt of row 2 \(System role not supported"):
+        asked(name)
+
+
+def test_folders_without_a_tokenizer_or_of_another_kind_are_refused(tmp_path: Path) -> None:
+    name = bert(tmp_path / "bare", tiny_tokenizer())
+    for file in Path(name).glob("token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="holds no tokenizer files"):
+        asked(name)
+    with pytest.raises(ModelError, match=r"looks like owner/name\); check reward.preference_model"):
+        asked("./nowhere")
+    small = classifier(tmp_path / "small")
+    tiny_tokenizers.chatml().save_pretrained(small)
+    with pytest.raises(ModelError, match=r"its tokenizer has \d+ tokens but the classifier embeds only 103"):
+        asked(small)
+    both = classifier(tmp_path / "both")
+    edit(both, is_encoder_decoder=True, model_type="t5")
+    with pytest.raises(ModelError, match=r"encoder-decoder model \(t5\)"):
+        asked(both)
+
+
+def test_position_tables_with_a_padding_row_are_shorter(tmp_path: Path) -> None:
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 50}
+    for config in (RobertaConfig(vocab_size=200, pad_token_id=1, **size), MPNetConfig(vocab_size=200, pad_token_id=1, **size)):
+        model = AutoModelForSequenceClassification.from_config(config)
+        assert _positions(model) == 48
+        model(input_ids=torch.full((1, 48), 7))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, 49), 7))
+
+
+def test_a_finished_run_needs_the_reward_model_no_more(tmp_path: Path) -> None:
+    name = classifier(tmp_path / "rm")
+    changes: dict[str, Any] = {"reward__kind": "preference_model", "reward__preference_model": name, "ppo__iterations": 1}
+    config = tiny_job(tmp_path, evaluation__continued_sft=False, guard__every=0, **changes)
+    srppo.align(config, progress=make_progress("quiet"))
+    Path(name).rename(tmp_path / "elsewhere")
+    srppo.align(config, resume=True, progress=make_progress("quiet"))
+    srppo.run_evaluate(config.output, progress=make_progress("quiet"))
+    with pytest.raises(ModelError, match=r"check reward.preference_model"):
+        srppo.align(config, overwrite=True, progress=make_progress("quiet"))
+    assert (Path(config.output) / "summary.json").is_file()  # nothing was touched
+
+
+@pytest.mark.parametrize(("label", "read"), [("yes", "yes"), ("010", "010"), ("1", "1"), ("null", None)])
+def test_labels_on_the_command_line_are_text(label: str, read: str | None) -> None:
+    values = parse_overrides({"reward__preference_label": label})
+    assert values == {"reward.preference_label": read}
+    assert build({"reward": {"kind": "preference_model", "preference_model": "x", "preference_label": 1}}).reward.preference_label == "1"
+    with pytest.raises(ConfigError, match="needs quotes"):
+        build({"reward": {"kind": "preference_model", "preference_model": "x", "preference_label": True}})
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,11 @@ def preferring(*figures: float) -> list[Preference]:
             "caution",
             r"-0.10 nats a response \(-0.30 to \+0.10\); but it would say what they say more often \(35 to 42 % of",
         ),
-        ({"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20)), "betas": [replace(MATCHING, match_gain=0.0)]}, "no-go", "Even at the best"),
+        (
+            {"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20)), "betas": [replace(MATCHING, match_gain=0.009)]},
+            "no-go",
+            "Even at the best",
+        ),
         ({"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20)), "betas": [replace(MATCHING, beta=0.5, match_gain=0.1)]}, "no-go", "Even at"),
         ({"decision": deciding(Estimate(0.1, -0.1, 0.3, 20))}, "caution", "is not clear: \\+0.10"),
         ({"decision": deciding(Estimate(None))}, "go", "prefers"),

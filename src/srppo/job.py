@@ -31,7 +31,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
     Raises SrppoError for bad input, RewardRefused where the card says no-go, Interrupted after Ctrl-C with the state saved.
     """
     progress = progress or make_progress("live")
-    with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose",)) as space:
+    with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose",), ppo=True) as space:
         evaluation_stage(space, "base")
         sft_stage(space)
         if config.ppo.iterations:
@@ -66,7 +66,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False,
         raise ConfigError(
             f"there is no SFT model to start PPO from: set sft.checkpoint, or run `srppo sft` into {config.output} first and add --resume"
         )
-    with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose",)) as space:
+    with open_workspace(config, progress, resume=resume, overwrite=overwrite, may_differ=("diagnose",), ppo=True) as space:
         sft_stage(space)
         space = diagnosis_stage(space)
         for stage in ("base", "sft"):

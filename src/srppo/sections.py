@@ -172,8 +172,8 @@ class RewardConfig(Section):
     no reward card is made then, and `checkpoint`, `placement` and the other options of the log-ratio say nothing."""
     preference_model: str | None = None
     """With kind preference_model: hub id or local folder of a Hugging Face sequence classifier."""
-    preference_label: str | int | None = None
-    """The label whose log-odds are the score, by name or number, of a classifier with several; one with a single output needs none."""
+    preference_label: str | None = None
+    """The label that is the score (its log-odds), by name or number, of a classifier with several; one with a single output needs none."""
     checkpoint: Literal["auto", "sft"] | float | str = "auto"
     """Numerator of the log-ratio: the reward card's choice (auto; sft where no card is made), the SFT model PPO starts from (sft),
     one of the shares of `sft.checkpoints_at`, or a path."""
@@ -204,6 +204,13 @@ class RewardConfig(Section):
     """Adapt beta so that the KL to the anchor, in nats a response, approaches this target."""
     kl_horizon: int = Field(default=1000, ge=1)
     """Episodes over which the adaptive beta changes by a factor of about 1.2 at most."""
+
+    @field_validator("preference_label", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("Input should be a label's name or number; a name such as yes or no needs quotes")
+        return str(value) if isinstance(value, int) else value
 
     @field_validator("kl_coef")
     @classmethod

@@ -112,6 +112,8 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
         guard=make_guard(space),
         preference_model=loaded.preference_model,
     )
+    if loaded.preference_model is not None and loaded.preference_model.cut:
+        space.progress.warn(f"{loaded.preference_model.cut} texts were longer than the preference model reads, and lost their beginning")
     roles.save("policy", run.path / "policy", card=model_card(config, "policy"))
     if roles.has_critic and state.scale is not None:
         roles.save_critic(run.path / "critic")
@@ -177,7 +179,9 @@ def continued_stage(space: Workspace, passes: int) -> dict[str, Any]:
         interrupt=space.interrupt,
     )
     roles.save(CONTINUED, run.path / CONTINUED, card=model_card(config, CONTINUED))
-    return finish(space, CONTINUED, {**result.to_dict(), "compute": compute.to_dict(), "seconds": time.monotonic() - started})
+    done = finish(space, CONTINUED, {**result.to_dict(), "compute": compute.to_dict(), "seconds": time.monotonic() - started})
+    drop_checkpoint(space, CONTINUED)
+    return done
 
 
 def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[str, Any]:

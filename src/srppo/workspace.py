@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
@@ -97,18 +98,28 @@ def check_inputs(config: RunConfig) -> None:
 
 @contextmanager
 def open_workspace(
-    config: RunConfig, progress: Progress, *, resume: bool = False, overwrite: bool = False, may_differ: Collection[str] = ()
+    config: RunConfig,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    may_differ: Collection[str] = (),
+    ppo: bool = False,
 ) -> Iterator[Workspace]:
     """Check the inputs, load models and data, take the run folder, and report on the data. Signals are caught inside.
 
     may_differ: configuration keys and sections that a resumed run may have otherwise than the folder (see RunFolder.open).
+    ppo: whether PPO is to run, so that what judges responses is needed.
     """
     started = time.monotonic()
     progress.note(set_threads(config.threads))
     text = dump(config)
     RunFolder.check(config.output, resume=resume, overwrite=overwrite, config_yaml=text, may_differ=may_differ)
     check_inputs(config)
-    loaded = _load(config, progress)  # before the folder is touched: a wrong model or file leaves no trace
+    judging = ppo and config.reward.kind == "preference_model" and config.ppo.iterations > 0
+    if resume and (Path(config.output) / "stages/ppo.json").is_file():
+        judging = False  # PPO is done
+    loaded = _load(config, progress, judging)  # before the folder is touched: a wrong model or file leaves no trace
     with RunFolder.open(config.output, text, resume=resume, overwrite=overwrite, may_differ=may_differ) as run, Interrupt() as interrupt:
         before = run.read_json("elapsed.json") if run.has("elapsed.json") else {}
         space = Workspace(config, run, progress, interrupt, loaded, started, before.get("seconds", 0.0), before.get("peak_rss_mb", 0.0))
@@ -119,12 +130,13 @@ def open_workspace(
             space.note_cost()
 
 
-def _load(config: RunConfig, progress: Progress) -> Loaded:
-    """Models, data and scorer. Writes nothing."""
+def _load(config: RunConfig, progress: Progress, judging: bool) -> Loaded:
+    """Models, data and scorer; with judging the reward model too. Writes nothing."""
     disable_progress_bar()  # transformers' bars for shards and tensors would tear ours
     roles = build_roles(config)
     progress.note(f"model: {config.model.name}, {config.tuning.kind} tuning, on {roles.device}")
     chat = ChatFormat.from_config(roles.tokenizer, roles.special.eos_ids, config.data)
+    own_template = roles.tokenizer.chat_template
     if chat.template_name != "tokenizer":
         roles.tokenizer.chat_template = chat.template  # saved with every model, so that it is asked as it was trained
     with roles.use("base") as model:
@@ -159,8 +171,9 @@ def _load(config: RunConfig, progress: Progress) -> Loaded:
     sizes = (config.rollout.batch_size, evaluation.batch_size)
     engine, judge = (TorchEngine(roles.special, rows, config.model.autocast) for rows in sizes)
     preference_model = None
-    if config.reward.kind == "preference_model" and config.ppo.iterations:
-        preference_model = PreferenceModel(config, [*prompts, *demonstrations.heldout_prompts], roles.tokenizer, chat.response_text)
+    if judging:
+        everyone = [*prompts, *demonstrations.heldout_prompts]
+        preference_model = PreferenceModel(config, everyone, roles.tokenizer, chat.response_text, policy_templates=[own_template])
     return Loaded(
         roles,
         chat,

@@ -1,4 +1,4 @@
-"""The verdict: whether the reward can help, in plain sentences. Thresholds were chosen in the lab, and checked on other seeds."""
+"""The verdict: whether the reward can help, in plain sentences. Thresholds were chosen in the lab: docs/results/card_grid.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ LENGTH_RANK, LENGTH_CHANGE = 0.5, 1.25
 EOS_SHARE = 0.5
 ENDS = 0.8
 NOTHING, TAIL = 0.1, 1.25  # of the reward on prompts like the demonstrations: mean, and 95 % quantile
+MATCHES_MORE = 0.01  # of the samples: likelihood and match then disagree, and neither is ground to stop on
 Finding = tuple[Verdict, str]
 RANK: dict[Verdict, int] = {"go": 0, "caution": 1, "no-go": 2}
 
@@ -70,7 +71,7 @@ def _gain(card: RewardCard) -> list[Finding]:
         chosen = "Even at the best beta" if "reward.kl_coef" in card.decision.automatic else "At the recipe's beta"
         words = f"{chosen}, {beta:g}, PPO would not make held-out demonstrations likelier: {figures}"
         row = _row_at(card, "held-out")
-        if row is not None and row.match is not None and row.match_gain is not None and row.match_gain > 0:
+        if row is not None and row.match is not None and row.match_gain is not None and row.match_gain >= MATCHES_MORE:
             before, after = 100 * (row.match - row.match_gain), 100 * row.match
             return [("caution", f"{words}; but it would say what they say more often ({before:.0f} to {after:.0f} % of its samples).")]
         return [("no-go", f"{words}.")]

@@ -37,22 +37,22 @@ class Source:
         return out
 
 
-def find_source(name: str, gguf_file: str | None = None, revision: str | None = None) -> Source:
+def find_source(name: str, gguf_file: str | None = None, revision: str | None = None, *, key: str = "model.name") -> Source:
     """Where `name` is: a local folder, a GGUF file, a folder whose only model is one GGUF file, or a hub id.
 
     Raises ModelError for an empty name, a path that does not exist, or a folder with several GGUF files and no config.json.
     """
     if not name:
-        raise ModelError("model.name is empty; set it to a hub id, a local folder or a GGUF file")
+        raise ModelError(f"{key} is empty; set it to a hub id, a local folder or a GGUF file")
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ModelError(f"{name}: this is a file; model.name takes a folder, a .gguf file or a hub id")
+            raise ModelError(f"{name}: this is a file; {key} takes a folder, a .gguf file or a hub id")
         return Source(str(path.parent.resolve()), True, path.name)
     if path.is_dir():
         return Source(str(path.resolve()), True, gguf_file or _only_gguf(path))
     if path.is_absolute() or name.startswith((".", "~")) or "\\" in name or not _HUB_ID.fullmatch(name):
-        raise ModelError(f"{name}: no such file or folder (and it cannot be a hub id, which looks like owner/name); check model.name")
+        raise ModelError(f"{name}: no such file or folder (and it cannot be a hub id, which looks like owner/name); check {key}")
     if path.parent != Path() and path.parent.is_dir():  # a slip in a path: asking the network for it would take a minute
         raise ModelError(f"{name}: no such folder in {path.parent}; check the name (for a hub id, run where no folder {path.parent} lies)")
     return Source(name, False, gguf_file, revision)

@@ -82,9 +82,10 @@ def _course(record: Record) -> list[str]:
     reward, length = (_ends(record, key) for key in ("objective/scores", "completions/mean_length"))
     if reward is None or length is None:
         return []
+    unit = "nats " if record.titles == STAGES else ""
     text = (
         f"Over {len(record.series('ppo', 'objective/scores')[0])} PPO iterations the reward went from {reward[0]:.2f} to {reward[1]:.2f} "
-        f"nats a response and the mean length from {length[0]:.1f} to {length[1]:.1f} tokens"
+        f"{unit}a response and the mean length from {length[0]:.1f} to {length[1]:.1f} tokens"
     )
     correlation = _ends(record, "reward_length_correlation")
     if correlation is None:

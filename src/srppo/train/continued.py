@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from torch import Tensor
+
 from srppo.config import RunConfig
+from srppo.errors import TrainingStopped
 from srppo.models.roles import Roles
 from srppo.progress import Progress, Stage
 from srppo.records import Example
 from srppo.run_folder import RunFolder
+from srppo.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, saved_steps
 from srppo.train.compute import Compute
 from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
 from srppo.train.supervised import heldout_nll, new_learner, train_supervised
@@ -50,14 +54,32 @@ def continue_sft(
 ) -> ContinuedResult:
     """Train the role `sft_continued`, a copy of the SFT model, within the budget, and leave it at its lowest held-out loss.
 
-    Without held-out demonstrations the whole budget is used and the last state kept. An interrupted run starts this stage again.
+    Without held-out demonstrations the whole budget is used and the last state kept. Resumes from checkpoints/sft_continued/ when
+    that holds a checkpoint. Raises Interrupted after saving, TrainingStopped (state saved) on repeated non-finite steps.
     """
     sft, steps = config.sft, budget_steps(examples, config.sft.batch_size, passes)
     learner = new_learner(roles, ROLE, sft)
-    run.truncate_metrics(0, ROLE)
-    best_nll = heldout_nll(roles, ROLE, heldout, sft.micro_batch_size)
-    best_state, kept_step, done, waited = roles.state(ROLE), 0, 0, 0
+    folder = run.path / "checkpoints" / ROLE
+    kept_step, done, waited = 0, 0, 0
+    best_nll: float | None
+    if saved_steps(folder):
+        saved = load_checkpoint(folder, saved_steps(folder)[-1])
+        done, kept_step, waited, best_nll = saved.step, saved.state["kept_step"], saved.state["waited"], saved.state["best_nll"]
+        best_state: Mapping[str, Tensor] = saved.tensors["best"]
+        roles.load_state(ROLE, saved.tensors[ROLE])
+        learner.load_state(saved.tensors["optimizer"])
+        learner.total_skips = saved.state["skipped_steps"]
+        compute.trained_tokens = saved.state["trained_tokens"]
+    else:
+        best_nll, best_state = heldout_nll(roles, ROLE, heldout, sft.micro_batch_size), roles.state(ROLE)
+    run.truncate_metrics(done, ROLE)
     every = max(1, steps // EVALUATIONS)
+
+    def save() -> None:
+        state = {"kept_step": kept_step, "waited": waited, "best_nll": best_nll}
+        state |= {"skipped_steps": learner.total_skips, "trained_tokens": compute.trained_tokens}
+        tensors = {ROLE: roles.state(ROLE), "best": best_state, "optimizer": learner.state()}
+        save_checkpoint(folder, Checkpoint(done, tensors, state), keep=1)
 
     def after_step(step: int, ticker: Stage) -> bool:
         nonlocal best_nll, best_state, kept_step, done, waited
@@ -83,7 +105,7 @@ def continue_sft(
             sft,
             steps=steps,
             max_tokens=config.data.max_tokens,
-            first_step=0,
+            first_step=done,
             seed=config.seed + 1,  # another order of the demonstrations than the SFT's own
             stage=ROLE,
             run=run,
@@ -93,8 +115,12 @@ def continue_sft(
             interrupt=interrupt,
             after_step=after_step,
         )
+    except TrainingStopped as stop:
+        save()
+        raise TrainingStopped(f"{stop}. The state of step {done} is saved in {folder}") from None
     except StopRequested:
-        raise Interrupted("stopped during continued SFT, which --resume starts again; SFT and PPO are saved") from None
+        save()
+        raise Interrupted(f"stopped after step {done} of {steps} of continued SFT; the state is saved: continue with --resume") from None
     if best_nll is None:
         kept_step = done
     else:

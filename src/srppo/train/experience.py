@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -88,7 +90,9 @@ class ValueScale:
 
     @classmethod
     def of(cls, returns: Tensor) -> ValueScale:
-        """From the whole returns of a round's rollouts [B]."""
+        """From the whole returns of a round's rollouts that the loss keeps [B]; those of mean 0 and std 1 where there is none."""
+        if not len(returns):
+            return cls()
         return cls(float(returns.mean()), max(float(returns.std(unbiased=False)), 1e-3))
 
 
@@ -126,16 +130,16 @@ def judge(scored: ScoredRollout, reward: CoherentReward | PreferenceReward, beta
 def make_experience(scored: ScoredRollout, judged: Judged, beta: float, scale: ValueScale, config: RunConfig) -> Experience:
     """KL penalty subtracted token by token (k1), advantages whitened; old_values and returns in the critic's units.
 
-    ppo.baseline "critic": advantages by GAE. "group": reward-to-go minus the mean whole return of the prompt's other samples
+    ppo.baseline "critic": advantages by GAE. "group": reward-to-go minus the mean whole return of the prompt's other kept samples
     (RLOO, Ahmadian et al. 2024, arXiv 2402.14740), lambda and the critic play no part.
     """
     rollout, ppo, mask = scored.rollout, config.ppo, scored.rollout.mask
     values = torch.where(mask, scale.mean + scale.std * scored.values, 0.0)
     rewards = judged.reward.token_rewards - beta * judged.kl
     if ppo.baseline == "group":
-        others = group_baseline(judged.returns, rollout.prompt_index, leave_one_out=True)
         returns = reward_to_go(rewards, mask, ppo.gamma)
-        advantages = torch.where(mask, returns - others[:, None], 0.0)
+        others = kept_baseline(judged, rollout.prompt_index)[:, None]
+        advantages = torch.where(mask & ~others.isnan(), returns - others, 0.0)  # a sample without a rival teaches nothing
     else:
         advantages, returns = generalized_advantages(rewards, values, mask, ppo.gamma, ppo.gae_lambda)
     if ppo.whiten_advantages:
@@ -144,14 +148,28 @@ def make_experience(scored: ScoredRollout, judged: Judged, beta: float, scale: V
     return Experience(rollout, judged.old_logprobs, scored.values, advantages, targets, judged.reward.keep)
 
 
+def kept_baseline(judged: Judged, prompt_index: Sequence[int]) -> Tensor:
+    """[B] mean return of the prompt's other samples, of those alone that the loss keeps; NaN where there is nothing to compare with."""
+    keep = judged.reward.keep
+    out = torch.full_like(judged.returns, math.nan)
+    index = [i for i, kept in zip(prompt_index, keep.tolist()) if kept]
+    if index:
+        count = Counter(index)
+        alone = torch.tensor([count[i] == 1 for i in index])
+        others = group_baseline(judged.returns[keep], index, leave_one_out=True)
+        out[keep] = torch.where(alone, math.nan, others)
+    return out
+
+
 def round_metrics(judged: Judged, experience: Experience, beta: float, scale: ValueScale) -> dict[str, float]:
     """Metrics of a round's rollouts, under TRL's names where TRL has one. docs/metrics.md defines each."""
     rollout, mask, given = experience.rollout, experience.rollout.mask, judged.reward
     lengths, kl_sums = rollout.lengths.float(), masked_sum(judged.kl, mask, 1)
     spread = torch.stack([given.scores, lengths])
     varied = bool((spread.std(1, unbiased=False) > 0).all())
-    residual = masked_variance(experience.returns - experience.old_values, mask)
-    spread_returns = masked_variance(experience.returns, mask)
+    kept = mask & given.keep[:, None]
+    residual = masked_variance(experience.returns - experience.old_values, kept)
+    spread_returns = masked_variance(experience.returns, kept)
     out = {
         "objective/kl": kl_sums.mean(),
         "objective/kl_sft": masked_sum(judged.kl_sft, mask, 1).mean(),

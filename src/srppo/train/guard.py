@@ -133,7 +133,7 @@ class Guard:
             self.tidy()
         alarm = alarming(self.looks)
         if alarm and not known:
-            self._progress.warn(_alarm_words(self.looks))
+            self._progress.warn(f"{_alarm_words(self.looks)}. {self._remedy} may help")
         figures = {name: value for name, value in asdict(now).items() if name != "round" and value is not None}
         figures |= {"length_ratio": now.length / max(self.looks[0].length, 1e-9)}
         figures |= {"criterion": criterion(now), "alarm": float(alarm)}
@@ -175,6 +175,12 @@ class Guard:
         said = self._preference_model.scores(rollout, self._config.ppo.micro_batch_size)
         scores = preference_reward(self._config.reward)(said, torch.zeros(rollout.mask.shape), rollout.mask, rollout.ended).scores
         return scores.double().numpy().reshape(-1, responses.each)
+
+    @property
+    def _remedy(self) -> str:
+        if self._preference_model is not None:
+            return "A larger reward.kl_coef"
+        return "A larger reward.kl_coef, an earlier share of sft.checkpoints_at as reward.checkpoint,"
 
     def _sample(self, each: int) -> Rollout:
         """The policy's responses at temperature 1. Every look draws from the same streams: common random numbers."""
@@ -225,8 +231,8 @@ class Guard:
         if kept == 0 and last > self._warmup:
             self._progress.warn(
                 "PPO did not improve on the SFT: by the guard's measure (likelihood of held-out demonstrations) no round was better than "
-                "the SFT itself, so the SFT's weights are kept as the policy. A larger reward.kl_coef, a smaller ppo.learning_rate or an "
-                "earlier share as reward.checkpoint may help; guard.keep: last keeps the last round's policy all the same"
+                f"the SFT itself, so the SFT's weights are kept as the policy. {self._remedy} or a smaller ppo.learning_rate may help; "
+                "guard.keep: last keeps the last round's policy all the same"
             )
 
     def outcome(self, last: int) -> dict[str, Any]:
@@ -238,8 +244,7 @@ def _alarm_words(looks: Sequence[Look]) -> str:
     first, before, now = looks[0], looks[-2], looks[-1]
     auc = "" if first.auc is None else f", {first.auc:.2f} in round {first.round}"
     return (
-        f"over-optimisation: from round {before.round} to {now.round} the reward rose from {before.reward:.2f} to {now.reward:.2f} nats, "
+        f"over-optimisation: from round {before.round} to {now.round} the reward rose from {before.reward:.2f} to {now.reward:.2f}, "
         f"while held-out demonstrations became less likely ({before.heldout_nll_response:.2f} to {now.heldout_nll_response:.2f} nats a "
-        f"response), and the reward prefers them to the policy's samples in a share of {now.auc:.2f} of pairs{auc}. "
-        "Use a larger reward.kl_coef, or an earlier share of sft.checkpoints_at as reward.checkpoint"
+        f"response), and the reward prefers them to the policy's samples in a share of {now.auc:.2f} of pairs{auc}"
     )

@@ -161,7 +161,7 @@ def _round(
         old = role_logprobs(roles, "policy", rollout, ppo.micro_batch_size)
         spent.forward_tokens += rollout_tokens(rollout)
     judged = judge(scored, reward, state.beta, old)
-    scale = state.scale or ValueScale.of(judged.returns)
+    scale = state.scale or ValueScale.of(judged.returns[judged.reward.keep])
     experience = make_experience(scored, judged, state.beta, scale, config)
     metrics = round_metrics(judged, experience, state.beta, scale)
     if not experience.keep.any():
@@ -190,7 +190,9 @@ def _round(
         warn=progress.warn,
     )
     clock.append(time.perf_counter())
-    state.iteration, state.scale = iteration, scale
+    state.iteration = iteration
+    if experience.keep.any():  # else the next round sets the units
+        state.scale = scale
     compute.add(spent)
     state.episodes += len(rollout.prompt_ids)
     beta = state.beta
