@@ -103,27 +103,41 @@ def page(results: dict[int, dict[str, Any]]) -> str:
             each = ", ".join(f"{100 * f['sampled']:.1f}" for f in found)
             mean, greedy = (100 * float(np.mean([f[k] for f in found])) for k in ("sampled", "greedy"))
             length = float(np.mean([f["mean_length"] for f in found]))
-            lines.append(f"| {title} | {mean:.1f} | {each} | {greedy:.1f} | {length:.1f} |")
+            alone = "" if len(found) == len(everyone) else f" (seed {next(iter(results))} alone)"
+            lines.append(f"| {title}{alone} | {mean:.1f} | {each} | {greedy:.1f} | {length:.1f} |")
         for rival in RIVALS:
             seeds = having(everyone, rival)
             each = ", ".join(points(pooled([s], "srppo", rival, group)) for s in seeds)
             together = points(pooled(seeds, "srppo", rival, group))
-            how = f"**{together}** together; {each}" if len(seeds) > 1 else f"{together} (the first seed alone)"
+            how = f"**{together}** together; {each}" if len(seeds) > 1 else f"{together} (seed {next(iter(results))} alone)"
             lines += ["", f"SRPPO over {STAGES[rival]}, points, paired over prompts: {how}."]
         lines.append("")
     seeds = everyone
     middle = [w["round"] for w in seeds[0]["on_the_way"]]
+    last = max(look["round"] for look in seeds[0]["looks"])
     for at in middle:
         told = [next(w for w in s["on_the_way"] if w["round"] == at) for s in seeds]
         parts = [f"{100 * float(np.mean([t[f'eval/{g}/sampled'] for t in told])):.1f} {w}" for g, w in GROUPS.items()]
-        lines += [f"On the way, after round {at} of 14 (one sample on 45 prompts a group and seed): {' and '.join(parts)}.", ""]
-    nll, forgot = (
-        ", ".join(f"{STAGES[s].strip('*')} {np.mean([x[what][s] for x in having(seeds, s)]):.2f}" for s in STAGES)
-        for what in ("heldout_nll", "forgetting")
-    )
+        lines += [f"On the way, after round {at} of {last} (one sample on 45 prompts a group and seed): {' and '.join(parts)}.", ""]
+    for what, words in (
+        ("heldout_nll", "Held-out loss, nats a token"),
+        ("forgetting", "Forgetting on unrelated instructions, nats a token"),
+    ):
+        told = ", ".join(f"{STAGES[s].strip('*')} {np.mean([x[what][s] for x in seeds]):.2f}" for s in ("base", "sft", "srppo"))
+        first = f"SRPPO {seeds[0][what]['srppo']:.2f}, continued SFT {seeds[0][what]['sft_continued']:.2f}"
+        lines += [f"{words}: {told}. Seed {next(iter(results))} alone: {first}.", ""]
+    lines += ["The guard's looks, mean over seeds (it only watched; AUC and matches of 12 held-out demonstrations):", ""]
+    lines += [
+        "| round | reward, nats | AUC | demonstrations' loss, nats a response | samples that match | KL |",
+        "|---|---|---|---|---|---|",
+    ]
+    for at in [look["round"] for look in seeds[0]["looks"]]:
+        looks = [next(look for look in s["looks"] if look["round"] == at) for s in seeds]
+        names = ("reward", "auc", "heldout_nll_response", "match", "kl")
+        lines.append(f"| {at} | " + " | ".join(f"{np.mean([look[f'guard/{n}'] for look in looks]):.2f}" for n in names) + " |")
+    lines.append("")
     minutes = ", ".join(f"{s['seconds'] / 60:.0f}" for s in seeds)
     lines += [
-        f"Held-out loss, nats a token: {nll}. Forgetting on unrelated instructions, nats a token: {forgot}.",
         f"{minutes} minutes on one busy core each, peak memory {max(s['peak_rss_mb'] for s in seeds) / 1024:.1f} GiB.",
         "",
     ]

@@ -52,7 +52,7 @@ def _head(rows: Rows) -> list[str]:
         "",
         f"`python -m benchmarks.evidence`: seeds {', '.join(map(str, seeds))} (each draws demonstrations, prompts and evaluation",
         f"words anew), {ROUNDS} rounds of PPO of 128 prompts. Training and sampling took {seconds / 60:.0f} minutes of one core in all.",
-        f"Settings were chosen on seeds {' and '.join(map(str, TUNING_SEEDS))} (`--choices`), which no table contains.",
+        f"Settings were chosen on seed {' and '.join(map(str, TUNING_SEEDS))} (`--choices`), which no table contains.",
         "",
         "Accuracy in percent on 160 prompts a seed of the four families with demonstrations and 240 of the six without, two samples a",
         "prompt at temperature 1, and greedy. Intervals: 95 % bootstrap over seeds and prompts; gains are paired, over the SFT that the",
