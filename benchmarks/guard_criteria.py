@@ -50,7 +50,7 @@ def watch(seed: int, strength: str, beta: float, runs: Path) -> Record:
         "guard.keep": "last",
         "guard.stop": False,
         "evaluation.every": EVERY,
-        "evaluation.during_prompts": None,
+        "evaluation.during_prompts": 1000,  # all
         "evaluation.samples": 1,
         "evaluation.continued_sft": False,
     }

@@ -11,6 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from srppo.config import DataConfig
+from srppo.data.shapes import DEMONSTRATION_SHAPES, read_records
 from srppo.data.sources import read_hub, read_rows
 from srppo.errors import DataError
 
@@ -117,6 +119,17 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         DataError, match=r"openai/gsm8k:main: no such file or folder here.*ConnectionError: Couldn't reach the Hub.*network"
     ):
         read_rows("openai/gsm8k:main", "test")
+
+
+def test_rows_of_a_hub_data_set_go_through_to_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hub(name: str, configuration: str | None, split: str) -> datasets.Dataset:
+        assert (name, configuration, split) == ("owner/name", "main", "train")
+        return datasets.Dataset.from_list([{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": "4"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    found = read_rows("owner/name:main", "train")
+    records = read_records(found, DataConfig(), DEMONSTRATION_SHAPES, strict=True)
+    assert [r.fields["answer"] for r in records] == ["2", "4"] and {r.shape.split()[0] for r in records} == {"question/answer"}
 
 
 GOOD = '{"prompt": "a"}\n'

@@ -160,6 +160,26 @@ def test_stopped_continued_sft_resumes_exactly(kind: str, heldout: int, tmp_path
     assert ends[0]["trained_steps"] > 5 and not (tmp_path / "broken/checkpoints/sft_continued").exists()
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_recomputed_log_probabilities_make_the_first_ratio_one(kind: str, tmp_path: Path) -> None:
+    """In bfloat16 the engine and the trainer differ, so the engine's word would not; what it costs is counted."""
+    passes = {}
+    for word in ("recompute", "rollout"):
+        changes: dict[str, Any] = {"ppo__behaviour_logprobs": word, "model__autocast": "bfloat16", "ppo__iterations": 1, "ppo__epochs": 1}
+        changes |= {"ppo__minibatches": 1, "ppo__critic_warmup": 0, "guard__every": 0, "diagnose__enabled": False}
+        config = tiny_job(tmp_path, "llama", kind, output=str(tmp_path / word), **changes)
+        run(config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"continued_sft": False})}))
+        record = metrics(config.output)[0]
+        passes[word] = record["compute/passes"]
+        assert record["rollout/max_abs"] > 1e-4
+        if word == "recompute":
+            assert record["val/ratio"] == pytest.approx(1.0, abs=1e-6) and record["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-9)
+        else:
+            assert record["policy/approxkl_avg"] > 1e-9
+    tokens = [json.loads(line)["length"] for line in (tmp_path / "rollout/samples.jsonl").read_text().splitlines()]
+    assert passes["recompute"] - passes["rollout"] >= sum(tokens)
+
+
 def test_a_finished_run_resumes_to_the_same_summary(tmp_path: Path) -> None:
     config = tiny_job(tmp_path)
     first = run(config)

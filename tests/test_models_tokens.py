@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,21 @@ def test_a_tokenizer_of_its_own_place(tmp_path: Path) -> None:
     place = save_tiny(tmp_path / "m")
     assert load_tokenizer(ModelConfig(name=place)).eos_token == "</s>"
     assert load_tokenizer(ModelConfig(name=place, tokenizer=str(tmp_path / "tok"))).eos_token == "<|eot|>"
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_tokenizer_of_another_model_is_refused(kind: str, tmp_path: Path) -> None:
+    """Of the same size, with its characters in another order: nothing else would tell."""
+    place = save_tiny(tmp_path / "m")
+    shuffled = json.loads((tmp_path / "m/tokenizer.json").read_text())
+    words = shuffled["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(shuffled))
+    with pytest.raises(ModelError, match=r"2 of the 103 tokens of the model's own have other ids there, or none \(such as 'a', 'b'\)"):
+        tiny_roles(place, kind, tokenizer=str(tmp_path / "other"))  # type: ignore[arg-type]
+    tiny_tokenizer(eos="<|eot|>").save_pretrained(tmp_path / "same")
+    assert tiny_roles(place, kind, tokenizer=str(tmp_path / "same")).special.eos_ids  # type: ignore[arg-type]
 
 
 # --- special tokens

@@ -26,7 +26,15 @@ from srppo.models.lora_roles import LoraRoles
 from srppo.models.plan import plan
 from srppo.models.saving import atomic_folder, model_card, valid_generation_config
 from srppo.models.source import Source, find_source, is_adapter, model_source, read_json
-from srppo.models.tokens import SpecialTokens, check_fit, check_same_vocabulary, load_tokenizer, mend_gguf_ends, special_tokens
+from srppo.models.tokens import (
+    SpecialTokens,
+    check_fit,
+    check_own_vocabulary,
+    check_same_vocabulary,
+    load_tokenizer,
+    mend_gguf_ends,
+    special_tokens,
+)
 from srppo.models.weights import copy_into, fingerprint, snapshot
 from srppo.records import TokenBatch, TokenScores
 
@@ -269,6 +277,8 @@ def build_roles(config: RunConfig) -> Roles:
     base = load_model(model, dtype=frozen_dtype if config.tuning.kind == "full" else dtype)
     tokenizer = load_tokenizer(model)
     check_fit(tokenizer, base)
+    if model.tokenizer is not None and _has_tokenizer(source):
+        check_own_vocabulary(tokenizer, load_tokenizer(model.model_copy(update={"tokenizer": None})))
     if source.gguf_file is not None:
         mend_gguf_ends(tokenizer, base)
     special = special_tokens(tokenizer, base)

@@ -160,6 +160,19 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Non
         )
 
 
+def check_own_vocabulary(given: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> None:
+    """ModelError unless a tokenizer from another place gives every token of the model's own the same id. Further tokens are allowed."""
+    words, other = own.get_vocab(), given.get_vocab()
+    differing = sorted(token for token, i in words.items() if other.get(token) != i)
+    if differing:
+        shown = ", ".join(repr(t) for t in differing[:5])
+        raise ModelError(
+            f"the tokenizer {given.name_or_path or 'of model.tokenizer'} does not match the model {own.name_or_path}: {len(differing)} of "
+            f"the {len(words)} tokens of the model's own have other ids there, or none (such as {shown}), so the model would read other "
+            "words than were written; remove model.tokenizer, or name one of this model's family"
+        )
+
+
 def check_same_vocabulary(
     a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, rows_a: int, rows_b: int, names: tuple[str, str] = ("base", "sft")
 ) -> None:
