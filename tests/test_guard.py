@@ -32,7 +32,17 @@ from tiny_job import StopAt, tiny_job
 from tiny_models import EOS, IM_END, train_role
 
 LOOK = Look(
-    round=0, reward=1.0, auc=0.8, heldout_nll=1.0, heldout_nll_response=5.0, match=0.0, kl=0.0, length=5.0, entropy=1.0, eos_rate=1.0
+    round=0,
+    reward=1.0,
+    auc=0.8,
+    heldout_nll=1.0,
+    heldout_nll_response=5.0,
+    match=0.0,
+    kl=0.0,
+    length=5.0,
+    entropy=1.0,
+    eos_rate=1.0,
+    heldout_probability=0.5,
 )
 
 
@@ -68,9 +78,9 @@ def test_demonstrations_become_rollouts() -> None:
 # --- looks in general
 
 
-def looks(*nll: float, **series: list[Any]) -> list[Look]:
-    """One a round, with this held-out loss; series: other fields by round."""
-    return [replace(LOOK, round=i, heldout_nll_response=x, **{k: v[i] for k, v in series.items()}) for i, x in enumerate(nll)]
+def looks(*wrong: float, **series: list[Any]) -> list[Look]:
+    """One a round, whose demonstrations' tokens have the probability 1 - wrong / 10; series: other fields by round."""
+    return [replace(LOOK, round=i, heldout_probability=1 - x / 10, **{k: v[i] for k, v in series.items()}) for i, x in enumerate(wrong)]
 
 
 def test_the_best_look_and_the_looks_since() -> None:
@@ -87,7 +97,7 @@ def test_the_alarm() -> None:
     assert alarming(looks(5, 6, reward=[1, 2], auc=[0.8, 0.45]))
     assert alarming(looks(5, 6, reward=[1, 2], auc=[0.8, 0.69])) and not alarming(looks(5, 6, reward=[1, 2], auc=[0.8, 0.75]))
     assert not alarming(looks(5, 6, reward=[2, 1], auc=[0.8, 0.4]))  # the reward fell too
-    assert not alarming(looks(5, 4, reward=[1, 2], auc=[0.8, 0.4]))  # held-out likelihood rose too
+    assert not alarming(looks(5, 4, reward=[1, 2], auc=[0.8, 0.4]))  # the demonstrations became likelier too
     assert not alarming(looks(5, 6, reward=[1, 2], auc=[0.8, None])) and alarming(looks(5, 6, reward=[1, 2], auc=[None, 0.4]))
     assert not alarming(looks(5, 6, 5, reward=[1, 2, 3], auc=[0.8, 0.4, 0.4]))  # over at the last look
 
@@ -177,10 +187,13 @@ def test_what_a_look_sees(kind: str, tmp_path: Path) -> None:
         metrics = guard.look(0)
         again = guard.look(1)
 
-    def logprob(role: str, prompt: list[int], response: list[int]) -> float:
+    def token_logprobs(role: str, prompt: list[int], response: list[int]) -> torch.Tensor:
         with roles.use(role) as model:
             logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
-        return float(logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum())
+        return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0].detach()
+
+    def logprob(role: str, prompt: list[int], response: list[int]) -> float:
+        return float(token_logprobs(role, prompt, response).sum())
 
     def reward(prompt: list[int], response: list[int]) -> float:
         fine = 0.0 if response[-1] == EOS else 2.0
@@ -200,6 +213,7 @@ def test_what_a_look_sees(kind: str, tmp_path: Path) -> None:
     rows = list(zip(prompts, samples))
     policy = [logprob("policy", p, r) for p, r in rows]
     nll = [-logprob("policy", p, w) for p, w in zip(shown.prompt_ids, wanted)]
+    likely = [float(token_logprobs("policy", p, w).exp().mean()) for p, w in zip(shown.prompt_ids, wanted)]
     tokens = sum(map(len, samples))
     assert matches >= 1
     expected = {
@@ -213,7 +227,8 @@ def test_what_a_look_sees(kind: str, tmp_path: Path) -> None:
         "entropy": -sum(policy) / tokens,
         "eos_rate": sum(r[-1] == EOS for r in samples) / 6,
         "length_ratio": 1.0,
-        "criterion": -sum(nll) / 3,
+        "heldout_probability": sum(likely) / 3,
+        "criterion": sum(likely) / 3,
         "alarm": 0.0,
     }
     assert metrics.keys() == {f"guard/{name}" for name in expected} | {"timing/guard"}
@@ -368,7 +383,7 @@ def test_the_alarm_is_sounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         guard = new_guard(some_roles(config), config, run)
         assert [guard.look(i)["guard/alarm"] for i in range(3)] == [0.0, 1.0, 1.0] and guard.gives_up
     said = capsys.readouterr().err
-    assert said.count("over-optimisation") == 1 and "5.00 to 6.00" in said and "0.45" in said and "reward.kl_coef" in said
+    assert said.count("over-optimisation") == 1 and "0.500 to 0.400" in said and "0.45" in said and "reward.kl_coef" in said
 
 
 # --- the whole job

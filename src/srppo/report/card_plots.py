@@ -126,7 +126,7 @@ def draw_guard(record: Record) -> Figure | None:
     panels = [
         (t, u, s)
         for t, u, s in (
-            ("What the guard goes by", "nats a demonstration, higher is better", criterion),
+            ("What the guard goes by", "mean probability of a demonstration's token", criterion),
             ("Loss of held-out demonstrations", "nats a token", loss),
         )
         if s[0]

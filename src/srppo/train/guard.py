@@ -50,11 +50,16 @@ class Look:
     length: float  # tokens, EOS included
     entropy: float  # of -log pi, nats a sampled token
     eos_rate: float  # share of the samples that end before the limit
+    heldout_probability: float = math.nan  # of a demonstration's token given those before it; NaN in the state of an older version
 
 
 def criterion(look: Look) -> float:
-    """What the guard goes by, higher is better: held-out log-likelihood, nats a response (ours)."""
-    return -look.heldout_nll_response
+    """What the guard goes by, higher is better: mean probability of a held-out demonstration's token (ours).
+
+    It is the share of their tokens that the policy would say itself, given those before. The likelihood is no guide: PPO makes the
+    policy surer, and the logarithm punishes one sure mistake more than it rewards many answers set right (docs/results/guard.md).
+    """
+    return look.heldout_probability
 
 
 def best_of(looks: Sequence[Look]) -> Look:
@@ -70,12 +75,12 @@ def looks_since_best(looks: Sequence[Look], warmup: int) -> int:
 
 
 def alarming(looks: Sequence[Look]) -> bool:
-    """Whether from the last but one look to the last the reward rose, held-out likelihood fell, and the AUC is below 1/2 or has
-    dropped by more than AUC_DROP from the first look's."""
+    """Whether from the last but one look to the last the reward rose, the criterion fell, and the AUC is below 1/2 or has dropped by
+    more than AUC_DROP from the first look's."""
     if len(looks) < 2:
         return False
     first, before, now = looks[0], looks[-2], looks[-1]
-    parted = now.reward > before.reward and now.heldout_nll_response > before.heldout_nll_response
+    parted = now.reward > before.reward and criterion(now) < criterion(before)
     if not parted or now.auc is None:
         return False
     return now.auc < 0.5 or (first.auc is not None and first.auc - now.auc > AUC_DROP)
@@ -153,7 +158,8 @@ class Guard:
         told = preference(self._rewards(self._theirs, numerator)[:, 0], rewards, same)
         told = told[~np.isnan(told)]
         mask, policy = rollout.mask, scored["policy"].double()
-        nll = -role_logprobs(roles, "policy", demonstrations, rows).double().sum()
+        told_by_policy = role_logprobs(roles, "policy", demonstrations, rows).double()
+        nll, likely = -told_by_policy.sum(), masked_mean(told_by_policy.exp(), demonstrations.mask, 1)
         return Look(
             round=round,
             reward=float(rewards.mean()),
@@ -165,6 +171,7 @@ class Guard:
             length=float(rollout.lengths.double().mean()),
             entropy=float(masked_mean(-policy, mask)),
             eos_rate=float(rollout.ended.double().mean()),
+            heldout_probability=float(likely.mean()),
         )
 
     def _rewards(self, responses: Responses, numerator: str) -> Floats:
@@ -230,7 +237,7 @@ class Guard:
             self._progress.note(f"guard: held-out demonstrations were likeliest after round {kept} of {planned}; {what}")
         if kept == 0 and last > self._warmup:
             self._progress.warn(
-                "PPO did not improve on the SFT: by the guard's measure (likelihood of held-out demonstrations) no round was better than "
+                "PPO did not improve on the SFT: by the guard's measure (probability of held-out demonstrations) no round was better than "
                 f"the SFT itself, so the SFT's weights are kept as the policy. {self._remedy} or a smaller ppo.learning_rate may help; "
                 "guard.keep: last keeps the last round's policy all the same"
             )
@@ -245,6 +252,6 @@ def _alarm_words(looks: Sequence[Look]) -> str:
     auc = "" if first.auc is None else f", {first.auc:.2f} in round {first.round}"
     return (
         f"over-optimisation: from round {before.round} to {now.round} the reward rose from {before.reward:.2f} to {now.reward:.2f}, "
-        f"while held-out demonstrations became less likely ({before.heldout_nll_response:.2f} to {now.heldout_nll_response:.2f} nats a "
-        f"response), and the reward prefers them to the policy's samples in a share of {now.auc:.2f} of pairs{auc}"
+        f"while held-out demonstrations became less likely (a token's mean probability {criterion(before):.3f} to {criterion(now):.3f}), "
+        f"and the reward prefers them to the policy's samples in a share of {now.auc:.2f} of pairs{auc}"
     )
