@@ -2,8 +2,9 @@
 
 python benchmarks/guard_criteria.py --seeds 310 311 312 313 --runs runs/guard_criteria
 
-Every third round: accuracy of one sample on 400 prompts, and the log-probability and length of each held-out demonstration. Rules are
-then tried on the record, which lies in benchmarks/results/guard_criteria.jsonl (a line a run; finished runs are not run again).
+Every third round: accuracy of one sample on 400 prompts, and the log-probability of each held-out demonstration's tokens. Rules are
+then tried on the record, which lies in benchmarks/results/guard_criteria.jsonl (a line a run; finished runs are not run again). Writes
+docs/results/guard_criteria.md.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from srppo.models.over_rollout import role_logprobs
 from srppo.progress import make_progress
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/results/guard_criteria.md"
 RESULTS = ROOT / "benchmarks/results/guard_criteria.jsonl"
 GROUPS = ("with_demonstrations", "without_demonstrations")
 SFTS = {"light": (15, 1e-4), "medium": (60, 1e-4), "heavy": (60, 3e-4)}
@@ -158,7 +160,31 @@ def main() -> None:
             with RESULTS.open("a") as stream:
                 stream.write(json.dumps({"seed": seed, "strength": strength, "beta": beta, "record": record}) + "\n")
             print(seed, strength, beta, [round(look["accuracy"][GROUPS[1]], 3) for look in record], flush=True)
-    print(table([r for r in read_lines(RESULTS) if r["seed"] in options.seeds]))
+    PAGE.write_text(page([r for r in read_lines(RESULTS) if r["seed"] in options.seeds]))
+
+
+def page(runs: list[dict[str, Any]]) -> str:
+    seeds = sorted({r["seed"] for r in runs})
+    return "\n".join(
+        [
+            "# By what the guard chooses",
+            "",
+            f"`python benchmarks/guard_criteria.py`: {len(runs)} runs of {ROUNDS} rounds in the embedded world, seeds",
+            f"{', '.join(map(str, seeds))}, 16 held-out demonstrations, a look every {EVERY} rounds.",
+            "Change of sampled accuracy from the SFT to the",
+            "policy that a rule keeps, with / without demonstrations, points, mean over seeds; then the mean over all, and the worst run",
+            "without demonstrations. `best …`: the look with the highest mean over demonstrations. `latest within k errors`: the last look",
+            "not worse than the best by more than k standard errors of the paired difference. `hindsight`: the look that was best without",
+            "demonstrations, which no rule can know.",
+            "",
+            table(runs),
+            "",
+            "The guard goes by `best token_probability`. On a real model (SmolLM2-135M, short answers, data seeds 2 and 3, after the last",
+            "round against the SFT) log-likelihood changed by −0.68 and +0.20 nats a demonstration, the tokens' mean probability by +.008",
+            "and +.067, sampled accuracy on tasks with demonstrations by +8.3 and +10.4 points.",
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

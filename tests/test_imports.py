@@ -26,6 +26,7 @@ LAYERS = {
     "losses": 1,
     "intervals": 2,
     "text": 2,
+    "titles": 2,
     "files": 2,
     "environment": 2,
     "threads": 2,
@@ -151,7 +152,7 @@ def test_maths_imports_only_maths(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if m.split(".")[0] == "report"))
 def test_report_reads_run_folders_and_knows_no_trainer(module: str) -> None:
-    allowed = {"report", "intervals", "files", "run_folder", "text", "errors", ""}
+    allowed = {"report", "intervals", "files", "run_folder", "text", "titles", "errors", ""}
     assert {n.split(".")[0] for n in own(imported(MODULES[module]))} <= allowed
 
 

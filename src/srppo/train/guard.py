@@ -57,7 +57,7 @@ def criterion(look: Look) -> float:
     """What the guard goes by, higher is better: mean probability of a held-out demonstration's token (ours).
 
     It is the share of their tokens that the policy would say itself, given those before. The likelihood is no guide: PPO makes the
-    policy surer, and the logarithm punishes one sure mistake more than it rewards many answers set right (docs/results/guard.md).
+    policy surer, and the logarithm punishes one sure mistake more than it rewards many answers set right (docs/results/guard_criteria.md).
     """
     return look.heldout_probability
 
