@@ -18,7 +18,8 @@ from srppo.intervals import bootstrap_interval
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/results/card_grid.md"
 HARM = 0.03  # a change of accuracy by less is called no change
-TUNING = (200, 201, 202, 203)  # seeds on which rules and thresholds were chosen; all others check them
+TUNING = (200, 201)  # seeds on which rules and thresholds were chosen, but for MATCHES_MORE
+SEEN = (202, 203)  # seen too when that one was added; all others check everything
 VERDICTS = ("go", "caution", "no-go")
 OUTCOMES = ("better", "no change", "worse")
 
@@ -108,7 +109,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def write_page(rows: list[dict[str, Any]]) -> None:
     rows = judged(rows)
-    tuning, checking = ([r for r in rows if (r["seed"] in TUNING) == chosen] for chosen in (True, False))
+    tuning, seen = ([r for r in rows if r["seed"] in some] for some in (TUNING, SEEN))
+    checking = [r for r in rows if r["seed"] not in TUNING + SEEN]
     seeds = ", ".join(str(s) for s in sorted({r["seed"] for r in rows}))
     seconds = np.mean([r["seconds"] for r in rows])
     lines = [
@@ -123,6 +125,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     ]
     for title, own in (
         (f"Seeds {', '.join(map(str, TUNING))}, on which the rules were chosen", tuning),
+        (f"Seeds {', '.join(map(str, SEEN))}, which check them, but for the rule that a no-go needs fewer matches too (added after)", seen),
         ("The other seeds, which only check them", checking),
     ):
         if own:
