@@ -72,15 +72,15 @@ PPOS = {
     "narrow-model": Ppo("PPO, reward model of the demonstrated families", reward_model="with", changes={"reward.kl_coef": 2.0}),  # (chosen)
     "minimal": Ppo("SRPPO, prompts of the other families alone", prompts="without"),
     "same": Ppo("SRPPO, prompts of the demonstrated families alone", prompts="with"),
-    "16": Ppo("SRPPO", "16", continued=True),
-    "256": Ppo("SRPPO", "256", continued=True),
-    "1024": Ppo("SRPPO", "1024", continued=True),
-    "medium": Ppo("SRPPO", "medium", continued=True),
-    "heavy": Ppo("SRPPO", "heavy", continued=True),
+    "16": Ppo("SRPPO, 16 demonstrations", "16", continued=True),
+    "256": Ppo("SRPPO, 256 demonstrations", "256", continued=True),
+    "1024": Ppo("SRPPO, 1024 demonstrations", "1024", continued=True),
+    "medium": Ppo("SRPPO, medium SFT", "medium", continued=True),
+    "heavy": Ppo("SRPPO, heavy SFT", "heavy", continued=True),
     "beta-0.3": Ppo("SRPPO, β = 0.3", changes={"reward.kl_coef": 0.3}),
     "beta-0.5": Ppo("SRPPO, β = 0.5", changes={"reward.kl_coef": 0.5}),
     "beta-2": Ppo("SRPPO, β = 2", changes={"reward.kl_coef": 2.0}),
-    "numerator": Ppo("SRPPO, reward from the light SFT", "medium", numerator="light"),
+    "numerator": Ppo("SRPPO, medium SFT, reward from the light SFT", "medium", numerator="light"),
     "lora": Ppo("SRPPO, LoRA", "lora", {"tuning.kind": "lora", "ppo.learning_rate": 1e-3, "ppo.critic_learning_rate": 1e-3}),
     "card": Ppo("SRPPO, start, numerator and β by the card, guard on", "saved", CARD),
     "guarded": Ppo("SRPPO, β by the card, guard on", "light", CARD),
@@ -145,7 +145,8 @@ def title(name: str) -> str:
     if kind == "base":
         return "base"
     if kind == "continued":
-        return "continued SFT, PPO's compute"
+        started = SFTS[PPOS[rest].sft].title.removeprefix("SFT").removeprefix(", ").partition(" (")[0]
+        return "continued SFT, PPO's compute" + (f", {started}" if started else "")
     table: dict[str, Any] = {"sft": SFTS, "ppo": PPOS, "free": FREE}[kind]
     return str(table[rest].title)
 
