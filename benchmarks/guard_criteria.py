@@ -215,9 +215,9 @@ def real_table() -> list[str]:
     if not REAL.is_file():
         return []
     lines = [
-        "On a real model (SmolLM2-135M-Instruct, the reasoning-gym recipe's runs, 12 held-out demonstrations each): the criteria after PPO",
-        "minus those of the SFT, and the change of sampled accuracy with / without demonstrations, points. Accuracy with demonstrations rose",
-        "on every seed; token probability says so on two of three, likelihood on one. Twelve demonstrations are few for any of them.",
+        "On a real model (SmolLM2-135M-Instruct, the reasoning-gym recipe's runs, 12 held-out demonstrations each): the criteria after",
+        "PPO minus those of the SFT, and the change of sampled accuracy with / without demonstrations, points. Accuracy with",
+        "demonstrations rose on every seed; token probability says so on two of three, likelihood on one. Twelve demonstrations are few.",
         "",
         f"| run | {' | '.join(CRITERIA)} | accuracy |",
         "|---" * (len(CRITERIA) + 2) + "|",
