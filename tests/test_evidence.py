@@ -51,7 +51,7 @@ def test_answers_become_digits_in_the_order_of_their_rows() -> None:
         Answers("other", 1, "c", ["x", "y"], [1.0, 1.0], "x", 1.0, [1, 1]),
         Answers("g", 2, "a", ["x", "y"], [0.0, 1.0], "x", 1.0, [1, 1]),
     ]
-    told = run.answers_row(answers, {"mean_length": 2.0, "eos_rate": 1.0}, "g")
+    told = run.answers_row(answers, {"mean_length": 2.0, "eos_rate": 1.0, "samples": 2}, "g")
     assert (told["right"], told["greedy"]) == ("12", "10")
 
 

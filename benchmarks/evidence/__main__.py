@@ -5,6 +5,7 @@
     python -m benchmarks.evidence --part 1/2 & python -m benchmarks.evidence --part 2/2
     python -m benchmarks.evidence --choices                what settings were chosen by, on seeds of their own
     python -m benchmarks.evidence --page                   only docs/results/evidence.md, from the result file
+    python -m benchmarks.evidence --seeds 500 501          other seeds: their results and page go into the runs' folder
 
 Rows go to benchmarks/results/evidence.jsonl as they are finished; what is there is not run again. One thread a process.
 """
@@ -34,7 +35,10 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.questions) - set(QUESTIONS):
         parser.error(f"no such question: {', '.join(sorted(unknown))}; there are {', '.join(QUESTIONS)}")
-    results = Results(options.results or ROOT / f"benchmarks/results/evidence{'_choices' * options.choices}.jsonl")
+    shown = tuple(options.seeds or SEEDS)
+    own = not set(shown) <= set(SEEDS) and not options.choices  # then the committed results are left as they are
+    folder = options.runs if own else ROOT / "benchmarks/results"
+    results = Results(options.results or folder / f"evidence{'_choices' * options.choices}.jsonl")
     if not options.page:
         part, parts = map(int, options.part.split("/"))
         seeds = options.seeds or list(TUNING_SEEDS if options.choices else SEEDS)
@@ -48,7 +52,8 @@ def main() -> None:
     if not options.only and not options.choices:
         from benchmarks.evidence.page import write_page  # plotting is slow to import
 
-        write_page(results.rows(), ROOT / "docs/results")
+        page = write_page(results.rows(), options.runs if own else ROOT / "docs/results", shown if own else SEEDS)
+        print(f"{page} is written")
 
 
 def run_seed(seed: int, names: list[str], results: Results, runs: Path) -> None:

@@ -31,14 +31,15 @@ class Ppo:
     prompts: str = "all"  # of the ten families; "without": of the six that have no demonstrations; "with": of the four that have
     continued: bool = False  # whether SFT with the same compute is run beside it
     numerator: str | None = None  # another SFT, as the reward's numerator
+    after: str | None = None  # a PPO run beside which SFT was continued: begins from that continued SFT
     reward_model: str | None = None  # PPO on a reward model, its preferences on prompts of "all" families or of those "with" demonstrations
 
 
 @dataclass(frozen=True)
 class Free:
     title: str
-    how: str  # best_of, logits or weights
-    strength: float  # beta of best_of (0: the very best) and logits, alpha of weights
+    how: str  # best_of, logits, weights or temperature
+    strength: float  # beta of best_of (0: the very best) and logits, alpha of weights, the temperature
 
 
 SFTS = {
@@ -81,11 +82,13 @@ PPOS = {
     "beta-0.5": Ppo("SRPPO, β = 0.5", changes={"reward.kl_coef": 0.5}),
     "beta-2": Ppo("SRPPO, β = 2", changes={"reward.kl_coef": 2.0}),
     "numerator": Ppo("SRPPO, medium SFT, reward from the light SFT", "medium", numerator="light"),
+    "after": Ppo("SRPPO after continued SFT, reward from the light SFT", numerator="light", after="eos"),
     "lora": Ppo("SRPPO, LoRA", "lora", {"tuning.kind": "lora", "ppo.learning_rate": 1e-3, "ppo.critic_learning_rate": 1e-3}),
     "card": Ppo("SRPPO, start, numerator and β by the card, guard on", "saved", CARD),
     "guarded": Ppo("SRPPO, β by the card, guard on", "light", CARD),
 }
 FREE = {
+    "cool": Free("SFT sampled at temperature 0.5", "temperature", 0.5),
     "best-of-16": Free("best of 16 SFT samples by the reward", "best_of", 0.0),
     "drawn-of-16": Free("one of 16 SFT samples, drawn by exp(r / β), β = 1", "best_of", 1.0),
     "logits-2": Free("logit extrapolation, β = 2", "logits", 2.0),
@@ -131,7 +134,7 @@ QUESTIONS: dict[str, list[str]] = {
         *("sft/heavy", "ppo/heavy", "continued/heavy"),
     ],
     "beta": ["sft/light", "ppo/beta-0.3", "ppo/beta-0.5", "ppo/eos", "ppo/beta-2"],
-    "numerator": ["sft/medium", "ppo/medium", "ppo/numerator", "continued/medium"],
+    "numerator": ["sft/medium", "ppo/medium", "ppo/numerator", "continued/medium", "continued/eos", "ppo/after"],
     "tuning": ["sft/light", "ppo/eos", "sft/lora", "ppo/lora"],
 }
 
@@ -155,5 +158,6 @@ def start_of(name: str) -> str:
     """The SFT row a row is compared with."""
     kind, _, rest = name.partition("/")
     if kind in ("ppo", "continued"):
-        return f"sft/{PPOS[rest].sft}"
+        after = PPOS[rest].after
+        return f"continued/{after}" if after else f"sft/{PPOS[rest].sft}"
     return "sft/light"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence.cases import QUESTIONS, ROUNDS, SEEDS, TUNING_SEEDS, start_of, title
+from benchmarks.evidence.cases import QUESTIONS, ROUNDS, TUNING_SEEDS, start_of, title
 from benchmarks.evidence.claims import claims_table
 from benchmarks.evidence.figures import GROUPS, Rows, accuracy, curve, each_gain, gain, length, lost, seeds_of
 from matplotlib import pyplot as plt
@@ -23,10 +24,10 @@ HEADINGS = {
 COLOURS = {"with_demonstrations": "#0072B2", "without_demonstrations": "#D55E00"}
 
 
-def write_page(rows: Rows, folder: Path) -> None:
-    """Write evidence.md into `folder` and the figures into folder/evidence/; rows of other seeds than SEEDS are left out."""
+def write_page(rows: Rows, folder: Path, seeds: Sequence[int]) -> Path:
+    """Write evidence.md into `folder` and the figures into folder/evidence/, from the rows of these seeds; the page's place."""
     plt.switch_backend("Agg")
-    rows = {key: row for key, row in rows.items() if key[1] in SEEDS}
+    rows = {key: row for key, row in rows.items() if key[1] in seeds}
     images = folder / "evidence"
     images.mkdir(parents=True, exist_ok=True)
     lines = _head(rows)
@@ -41,7 +42,9 @@ def write_page(rows: Rows, folder: Path) -> None:
             plt.close(figure)
             lines += [f"![{heading}](evidence/{question}.png)", ""]
     lines += _length_bias(rows, images) + claims_table(rows)
-    (folder / "evidence.md").write_text("\n".join(lines) + "\n")
+    page = folder / "evidence.md"
+    page.write_text("\n".join(lines) + "\n")
+    return page
 
 
 def _head(rows: Rows) -> list[str]:
@@ -62,20 +65,20 @@ def _head(rows: Rows) -> list[str]:
     ]
 
 
-def table(rows: Rows, names: list[str]) -> list[str]:
-    columns = ["", *("with: sampled", "greedy", "length", "without: sampled", "greedy", "length")]
-    columns += ["gain with", "gain without", "lost with / without", "seeds"]
+def table(rows: Rows, names: list[str], groups: dict[str, str] = GROUPS) -> list[str]:
+    columns = ["", *(c for words in groups.values() for c in (f"{words}: sampled", "greedy", "length"))]
+    columns += [*(f"gain {words}" for words in groups.values()), f"lost {' / '.join(groups.values())}", "seeds"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in names:
         cells = []
-        for group in GROUPS:
+        for group in groups:
             found = accuracy(rows, name, group)
             greedy = accuracy(rows, name, group, "greedy").value
             cells += [f"{100 * found.value:.1f}", f"{100 * greedy:.1f}", f"{length(rows, name, group):.1f}"]
         start = start_of(name)
         compared = not name.startswith("sft/") and name != "base" and seeds_of(rows, name, start)
-        gains = [gain(rows, name, start, group).points() if compared else "" for group in GROUPS]
-        gone = [f"{100 * lost(rows, name, group).value:.0f}" if seeds_of(rows, name, "base") else "–" for group in GROUPS]
+        gains = [gain(rows, name, start, group).points() if compared else "" for group in groups]
+        gone = [f"{100 * lost(rows, name, group).value:.0f}" if seeds_of(rows, name, "base") else "–" for group in groups]
         shown = "0 / 0" if name == "base" else " / ".join(gone)
         lines.append(f"| {title(name)} | " + " | ".join([*cells, *gains, shown, str(len(seeds_of(rows, name)))]) + " |")
     return lines

@@ -48,13 +48,13 @@ def make_pairs(space: Workspace, seed: int) -> list[tuple[list[int], list[int]]]
     return pairs
 
 
-def train_reward_model(pairs: list[tuple[list[int], list[int]]], sft: Path, folder: Path, seed: int) -> dict[str, Any]:
+def train_reward_model(pairs: list[tuple[list[int], list[int]]], sft: Path, folder: Path, seed: int, rate: float = RATE) -> dict[str, Any]:
     """Write the classifier to `folder`; the figures of its training."""
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(sft, num_labels=1)
     model.config.pad_token_id = pad = 0 if model.config.pad_token_id is None else model.config.pad_token_id
     cut = len(pairs) - round(HELD_OUT * len(pairs))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
 
     def margins(some: list[tuple[list[int], list[int]]]) -> torch.Tensor:
         rows = [row for pair in some for row in pair]

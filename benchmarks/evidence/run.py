@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.cases import FREE, PPOS, ROUNDS, SFTS
-from benchmarks.evidence.free import BestOf, Extrapolated
+from benchmarks.evidence.free import judge
 from benchmarks.evidence.rewardmodel import make_pairs, train_reward_model
 
 from srppo.config import RunConfig, build, merge
-from srppo.evaluate import Answers, evaluate
+from srppo.evaluate import Answers
 from srppo.files import read_lines
 from srppo.job import align, run_ppo, run_sft
 from srppo.lab.world import recipe, write_world
 from srppo.progress import make_progress
-from srppo.stages import sft_stage
 from srppo.workspace import open_workspace
 
 Row = dict[str, Any]
@@ -44,9 +43,10 @@ class Results:
     file: Path
 
     def rows(self) -> dict[tuple[str, int], Row]:
-        if not self.file.is_file():
-            return {}
-        return {(r["name"], r["seed"]): r for r in map(json.loads, self.file.read_text().splitlines())}
+        return {(row["name"], row["seed"]): row for row in self.every()}
+
+    def every(self) -> list[Row]:
+        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.is_file() else []
 
     def add(self, rows: list[Row]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -111,12 +111,14 @@ def ppo_rows(name: str, seed: int, runs: Path) -> list[Row]:
                 "reward.kind": "preference_model",
                 "reward.preference_model": str(reward_model(case.reward_model, seed, runs) / "model"),
             }
-        if "sft.checkpoints_at" not in SFTS[case.sft].changes:  # else its own SFT is run again: the card moves its checkpoints
+        if case.after:
+            changes["sft.checkpoint"] = str(continued_folder(case.after, seed, runs))
+        elif "sft.checkpoints_at" not in SFTS[case.sft].changes:  # else its own SFT is run again: the card moves its checkpoints
             changes["sft.checkpoint"] = str(sft_folder(case.sft, seed, runs) / "sft")
         config = settings(case.sft, folder, seed, runs, changes | {"evaluation.continued_sft": case.continued})
         whole = case.continued or "sft.checkpoint" not in changes
         (align if whole else run_ppo)(config, overwrite=folder.exists(), progress=make_progress("quiet"))
-        for heavy in ("checkpoints", "critic", "sft_continued"):
+        for heavy in ("checkpoints", "critic"):
             shutil.rmtree(folder / heavy, ignore_errors=True)
     if case.reward_model:
         extra["reward_model"] = json.loads((reward_model(case.reward_model, seed, runs) / "training.json").read_text())
@@ -127,6 +129,15 @@ def ppo_rows(name: str, seed: int, runs: Path) -> list[Row]:
     if case.continued:
         rows.append(row_of(folder, "sft_continued", f"continued/{name}", seed))
     return rows
+
+
+def continued_folder(name: str, seed: int, runs: Path) -> Path:
+    """The weights of the SFT that was trained on beside a PPO run."""
+    folder = runs / str(seed) / f"ppo-{name}"
+    if not (folder / "sft_continued").is_dir():
+        (folder / "summary.json").unlink(missing_ok=True)  # its weights were thrown away: again
+        ppo_rows(name, seed, runs)
+    return folder / "sft_continued"
 
 
 def reward_model(prompts: str, seed: int, runs: Path) -> Path:
@@ -151,25 +162,7 @@ def free_row(name: str, seed: int, runs: Path) -> Row:
     sft = sft_folder("light", seed, runs) / "sft"
     config = settings("light", runs / str(seed) / f"free-{name}", seed, runs, {"sft.checkpoint": str(sft)})
     with open_workspace(config, make_progress("quiet"), overwrite=Path(config.output).exists()) as space:
-        sft_stage(space)
-        loaded, role = space.loaded, "sft"
-        engine: Any = loaded.evaluation_engine
-        if case.how == "weights":
-            role = "extrapolated"
-            loaded.roles.extrapolate(role, "sft", case.strength)
-        else:
-            engine = Extrapolated(space, case.strength) if case.how == "logits" else BestOf(space, case.strength)
-        found = evaluate(
-            loaded.roles,
-            role,
-            loaded.evaluation_prompts,
-            scorer=loaded.scorer,
-            engine=engine,
-            decode=loaded.decode,
-            max_new_tokens=config.rollout.max_new_tokens,
-            samples=SAMPLES,
-            seed=seed,
-        )
+        found = judge(space, case, SAMPLES)
     shutil.rmtree(config.output, ignore_errors=True)
     groups = {name: answers_row(found.rows, found.to_dict()[name], name) for name in GROUPS}
     return {"name": f"free/{name}", "seed": seed, "groups": groups, "seconds": time.monotonic() - started}
@@ -202,7 +195,7 @@ def answers_row(answers: list[Answers], result: dict[str, Any], group: str) -> d
     return {
         "right": "".join(str(round(sum(a.sampled_scores or []))) for a in own),
         "greedy": "".join(str(round(a.greedy_score or 0)) for a in own),
-        "samples": SAMPLES,
+        "samples": result["samples"],
         "length": round(result["mean_length"], 4),
         "ends": round(result["eos_rate"], 4),
     }
