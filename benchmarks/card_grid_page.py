@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from srppo.diagnose.candidates import FLAT, LEAST_EFFECTIVE
 from srppo.diagnose.reward_card import BetaRow, Decision, Estimate, LengthBias, Preference, RewardCard, RewardSpread
+from srppo.diagnose.statistics import spearman
 from srppo.diagnose.verdict import judge_reward
 from srppo.intervals import bootstrap_interval
 
@@ -26,14 +26,6 @@ OUTCOMES = ("better", "no change", "worse")
 
 def heldout_rows(row: dict[str, Any]) -> dict[float, dict[str, Any]]:
     return {r["beta"]: r for r in row["rows"] if r["group"] == "held-out"}
-
-
-def best_beta(row: dict[str, Any]) -> float:
-    """candidates.suggest_beta, from the figures that the results keep."""
-    rows = heldout_rows(row)
-    judged = [b for b, r in rows.items() if r["effective"] >= LEAST_EFFECTIVE] or [max(rows)]
-    top = max(rows[b]["gain"]["value"] for b in judged)
-    return max(b for b in judged if rows[b]["gain"]["value"] >= top - FLAT)
 
 
 def card(row: dict[str, Any], beta: float) -> RewardCard:
@@ -63,7 +55,6 @@ def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         | {
             "verdict": judge_reward(card(row, row["beta"]))[0],
             "predicted": heldout_rows(row)[row["beta"]]["gain"]["value"],
-            "suggested_beta": best_beta(row),
             "outcome": outcome(row),
         }
         for row in rows
@@ -86,8 +77,8 @@ def confusion(rows: list[dict[str, Any]]) -> list[str]:
 
 def rank_correlation(rows: list[dict[str, Any]], group: str) -> str:
     """Spearman's, of the predicted likelihood gain with the change of accuracy."""
-    x, y = (np.argsort(np.argsort([f(r) for r in rows])) for f in (lambda r: r["predicted"], lambda r: r["gain"][group]["gain"]))
-    return f"{np.corrcoef(x, y)[0, 1]:+.2f}"
+    found = spearman(np.array([r["predicted"] for r in rows]), np.array([r["gain"][group]["gain"] for r in rows]))
+    return "–" if found is None else f"{found:+.2f}"
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

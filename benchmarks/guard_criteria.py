@@ -18,14 +18,17 @@ from typing import Any
 
 import numpy as np
 
-import srppo.train.guard as guard_module
 from srppo.config import build, merge
 from srppo.files import read_lines
 from srppo.job import align
 from srppo.lab.world import recipe, write_world
 from srppo.models.over_rollout import role_logprobs
+from srppo.models.roles import Roles
 from srppo.progress import make_progress
+from srppo.records import Rollout
 from srppo.run_config import load_run_config
+from srppo.train.checkpoint import load_checkpoint, saved_steps
+from srppo.train.guard import watched
 from srppo.workspace import open_workspace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,33 +55,36 @@ def watch(seed: int, strength: str, beta: float, runs: Path) -> Record:
         "reward.kl_coef": beta,
         "ppo.iterations": ROUNDS,
         "diagnose.enabled": False,
-        "guard.every": EVERY,
-        "guard.keep": "last",
-        "guard.stop": False,
+        "guard.every": 0,
+        "ppo.checkpoint_every": EVERY,
+        "ppo.keep_checkpoints": ROUNDS // EVERY,
         "evaluation.every": EVERY,
         "evaluation.during_prompts": 1000,  # all
         "evaluation.samples": 1,
         "evaluation.continued_sft": False,
     }
-    said: list[list[list[float]]] = []
-    see = guard_module.Guard._see
-
-    def noting(self: guard_module.Guard, round: int) -> guard_module.Look:
-        demonstrations = self._demonstrations
-        logprobs = role_logprobs(self._roles, "policy", demonstrations, 64)
-        said.append([row[mask].tolist() for row, mask in zip(logprobs, demonstrations.mask)])
-        return see(self, round)
-
-    guard_module.Guard._see = noting  # type: ignore[method-assign]
-    try:
-        summary = align(build(merge(recipe(world, seed, folder), changes)), overwrite=folder.exists(), progress=make_progress("quiet"))
-    finally:
-        guard_module.Guard._see = see  # type: ignore[method-assign]
+    config = build(merge(recipe(world, seed, folder), changes))
+    summary = align(config, overwrite=folder.exists(), progress=make_progress("quiet"))
+    states = folder / "checkpoints/ppo"
+    with open_workspace(config, make_progress("quiet"), resume=True) as space:
+        roles, rows = space.loaded.roles, config.ppo.micro_batch_size
+        roles.load("sft", folder / "sft")
+        roles.create("policy", "sft")
+        demonstrations = watched(space.loaded.demonstrations.heldout, roles, config)
+        said = [tokens(roles, "sft", demonstrations, rows)]
+        for step in saved_steps(states):
+            roles.load_state("policy", load_checkpoint(states, step).tensors["policy"])
+            said.append(tokens(roles, "policy", demonstrations, rows))
     middle = {r["iteration"]: r for r in read_lines(folder / "metrics.jsonl") if r.get("stage") == "ppo" and "iteration" in r}
     accuracy = [{g: summary["sft"][g]["sampled"] for g in GROUPS}]
     accuracy += [{g: middle[i][f"eval/{g}/sampled"] for g in GROUPS} for i in range(EVERY, ROUNDS, EVERY)]
     accuracy.append({g: summary["srppo"][g]["sampled"] for g in GROUPS})
     return [{"accuracy": a, "demonstrations": d} for a, d in zip(accuracy, said, strict=True)]
+
+
+def tokens(roles: Roles, role: str, demonstrations: Rollout, rows: int) -> list[list[float]]:
+    """Log-probabilities of each demonstration's tokens."""
+    return [row[mask].tolist() for row, mask in zip(role_logprobs(roles, role, demonstrations, rows), demonstrations.mask)]
 
 
 def real(folder: Path) -> dict[str, Any]:
@@ -87,11 +93,8 @@ def real(folder: Path) -> dict[str, Any]:
         roles, config = space.loaded.roles, space.config
         roles.load("sft", folder / "sft")
         roles.load("policy", folder / "policy")
-        demonstrations = guard_module.watched(space.loaded.demonstrations.heldout, roles, config)
-        looks = {}
-        for role in ("sft", "policy"):
-            logprobs = role_logprobs(roles, role, demonstrations, config.ppo.micro_batch_size)
-            looks[role] = {"demonstrations": [row[mask].tolist() for row, mask in zip(logprobs, demonstrations.mask)]}
+        demonstrations, rows = watched(space.loaded.demonstrations.heldout, roles, config), config.ppo.micro_batch_size
+        looks = {role: {"demonstrations": tokens(roles, role, demonstrations, rows)} for role in ("sft", "policy")}
     gain = json.loads((folder / "summary.json").read_text())["srppo_gain"]["sft"]
     changes = {name: float((f(looks["policy"]) - f(looks["sft"])).mean()) for name, f in CRITERIA.items()}
     return {"run": folder.name, "changes": changes, "gain": {g: gain[g]["gain"] for g in GROUPS}}
@@ -214,15 +217,17 @@ def real_table() -> list[str]:
     """What the criteria would have said of real runs; empty where none was measured."""
     if not REAL.is_file():
         return []
+    measured = json.loads(REAL.read_text())
+    agree = {n: sum(np.sign(row["changes"][n]) == np.sign(row["gain"][GROUPS[0]]) for row in measured) for n in CRITERIA}
     lines = [
-        "On a real model (SmolLM2-135M-Instruct, the reasoning-gym recipe's runs, 12 held-out demonstrations each): the criteria after",
-        "PPO minus those of the SFT, and the change of sampled accuracy with / without demonstrations, points. Accuracy with",
-        "demonstrations rose on every seed; token probability says so on two of three, likelihood on one. Twelve demonstrations are few.",
+        "On a real model (SmolLM2-135M-Instruct, the reasoning-gym recipe's runs, 12 held-out demonstrations each, which are few): the",
+        "criteria after PPO minus those of the SFT, and the change of sampled accuracy with / without demonstrations, points. Of the same",
+        f"sign as the change with demonstrations, of {len(measured)} runs: {', '.join(f'{n} {k}' for n, k in agree.items())}.",
         "",
         f"| run | {' | '.join(CRITERIA)} | accuracy |",
         "|---" * (len(CRITERIA) + 2) + "|",
     ]
-    for row in json.loads(REAL.read_text()):
+    for row in measured:
         cells = " | ".join(f"{row['changes'][name]:+.3f}" for name in CRITERIA)
         lines.append(f"| {row['run']} | {cells} | " + " / ".join(f"{100 * row['gain'][g]:+.1f}" for g in GROUPS) + " |")
     return lines

@@ -38,15 +38,12 @@ def main() -> None:
     shown = tuple(options.seeds or SEEDS)
     own = not set(shown) <= set(SEEDS) and not options.choices  # then the committed results are left as they are
     folder = options.runs if own else ROOT / "benchmarks/results"
-    results = Results(options.results or folder / f"evidence{'_choices' * options.choices}.jsonl")
+    results = Results(options.results or folder / ("evidence_choices.jsonl" if options.choices else "evidence.jsonl"))
     if not options.page:
         part, parts = map(int, options.part.split("/"))
         seeds = options.seeds or list(TUNING_SEEDS if options.choices else SEEDS)
-        names = (
-            options.only
-            or CHOICES * options.choices
-            or list(dict.fromkeys(n for q in options.questions or QUESTIONS for n in QUESTIONS[q]))
-        )
+        asked = CHOICES if options.choices else [n for q in options.questions or QUESTIONS for n in QUESTIONS[q]]
+        names = list(dict.fromkeys(options.only or asked))
         for seed in seeds[part - 1 :: parts]:
             run_seed(seed, names, results, options.runs)
     if not options.only and not options.choices:

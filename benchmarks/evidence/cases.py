@@ -51,7 +51,10 @@ SFTS = {
     "256": Sft("SFT, 256 demonstrations", LIGHT, 256),
     "1024": Sft("SFT, 1024 demonstrations", LIGHT, 1024),
     "lora": Sft("SFT, LoRA (15 steps at 5e-4)", {"tuning.kind": "lora", "sft.steps": 15, "sft.learning_rate": 5e-4}),  # (chosen)
-    "saved": Sft("SFT, medium, with checkpoints", {"sft.steps": 60, "sft.learning_rate": 1e-4, "sft.checkpoints_at": [0.25, 0.5, 1.0]}),
+    "saved": Sft(
+        "SFT, medium, the checkpoint that the card chose",
+        {"sft.steps": 60, "sft.learning_rate": 1e-4, "sft.checkpoints_at": [0.25, 0.5, 1.0]},
+    ),
 }
 CARD = {
     "diagnose.enabled": True,
@@ -123,6 +126,7 @@ QUESTIONS: dict[str, list[str]] = {
         "ppo/narrow-model",
         "ppo/guarded",
         "ppo/card",
+        "sft/saved",  # comes with ppo/card
     ],
     "overlap": ["sft/light", "ppo/eos", "ppo/minimal", "ppo/same"],
     "demonstrations": [

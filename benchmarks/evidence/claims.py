@@ -1,13 +1,30 @@
-"""The paper's claims (arXiv 2510.21090, abstract), each beside what the embedded world says of it."""
+"""The paper's claims (arXiv 2510.21090), each beside what the embedded world says of it.
+
+Those marked "abstract" stand in its abstract; "experiments" are comparisons of its experiments that we know at second hand.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from benchmarks.evidence.figures import Rows, curve, gain, seeds_of
+import numpy as np
+from benchmarks.evidence.figures import Estimate, Rows, estimate, gain, gain_difference, seeds_of
 
-WITH, WITHOUT = "with_demonstrations", "without_demonstrations"
-Answer = tuple[str, str, str]  # setting, figure, holds or not
+from srppo.lab.world import WITH, WITHOUT
+
+VERDICTS = {1: "**holds**", 0: "not clear", -1: "**does not hold**"}
+Answer = tuple[str, str]  # figure, verdict
+ABSTRACT, EXPERIMENTS = "abstract", "experiments"
+
+
+@dataclass(frozen=True)
+class Claim:
+    words: str
+    source: str
+    setting: str
+    needed: tuple[str, ...]  # names of rows
+    answer: Callable[[Rows], Answer]
 
 
 def claims_table(rows: Rows) -> list[str]:
@@ -15,93 +32,108 @@ def claims_table(rows: Rows) -> list[str]:
     lines = [
         "## The paper's claims",
         "",
-        "Holds: the 95 % interval of the paired difference lies on the claim's side. Points of sampled accuracy.",
+        "Holds: the 95 % interval of the difference lies on the claim's side; does not hold: on the other; else it is not clear.",
+        "Points of sampled accuracy, paired over prompts and seeds. Abstract: so claimed there; experiments: compared in the paper's",
+        "experiments, known to us at second hand.",
         "",
-        "| claim | our setting | our figure | verdict |",
-        "|---|---|---|---|",
+        "| claim | source | our setting | our figure | verdict |",
+        "|---|---|---|---|---|",
     ]
-    for claim, (needed, answer) in CLAIMS.items():
-        if all(seeds_of(rows, name) for name in needed):
-            lines.append(f"| {claim} | " + " | ".join(answer(rows)) + " |")
+    for claim in CLAIMS:
+        if seeds_of(rows, *claim.needed):
+            lines.append(f"| {claim.words} | {claim.source} | {claim.setting} | {' | '.join(claim.answer(rows))} |")
     return lines
 
 
-def _verdict(sign: int) -> str:
-    return {1: "**holds**", 0: "not clear", -1: "**does not hold**"}[sign]
+def told(found: Estimate) -> Answer:
+    return found.points(), VERDICTS[found.sign]
 
 
-def _against(name: str, other: str, group: str, setting: str) -> Callable[[Rows], Answer]:
-    def answer(rows: Rows) -> Answer:
-        found = gain(rows, name, other, group)
-        return setting, found.points(), _verdict(found.sign)
-
-    return answer
+def against(words: str, source: str, setting: str, name: str, other: str, group: str = WITHOUT) -> Claim:
+    """name does better than other."""
+    return Claim(words, source, setting, (name, other), lambda rows: told(gain(rows, name, other, group)))
 
 
-def _sfts(rows: Rows) -> Answer:
-    """Over all SFT settings, against the SFT it starts from."""
-    cases = {
-        "light": ("ppo/eos", "sft/light"),
-        "medium": ("ppo/medium", "sft/medium"),
-        "heavy": ("ppo/heavy", "sft/heavy"),
-        **{f"{n} demonstrations": (f"ppo/{n}", f"sft/{n}") for n in (16, 256, 1024)},
-    }
-    found = {label: gain(rows, *names, WITHOUT) for label, names in cases.items() if seeds_of(rows, *names)}
+STARTS = {
+    "light": ("ppo/eos", "sft/light"),
+    "medium": ("ppo/medium", "sft/medium"),
+    "heavy": ("ppo/heavy", "sft/heavy"),
+    **{f"{n} demonstrations": (f"ppo/{n}", f"sft/{n}") for n in (16, 256, 1024)},
+}
+FEW, MANY = STARTS["16 demonstrations"], STARTS["1024 demonstrations"]
+
+
+def _everywhere(rows: Rows) -> Answer:
+    """From every SFT setting, against the SFT it starts from."""
+    found = {label: gain(rows, *names, WITHOUT) for label, names in STARTS.items()}
     better = [label for label, g in found.items() if g.sign > 0]
     worse = [label for label, g in found.items() if g.sign < 0]
     figure = "; ".join(f"{label} {g.points()}" for label, g in found.items())
     if len(better) == len(found):
-        return "every SFT above, without demonstrations", figure, "**holds**"
-    words = f"**holds only** for {', '.join(better)}" if better else "**does not hold**"
-    return "every SFT above, without demonstrations", figure, words + (f"; worse for {', '.join(worse)}" if worse else "")
+        return figure, VERDICTS[1]
+    verdict = f"**holds only** for {', '.join(better)}" if better else VERDICTS[-1]
+    return figure, verdict + (f"; worse for {', '.join(worse)}" if worse else "")
 
 
 def _scarce(rows: Rows) -> Answer:
-    few, many = gain(rows, "ppo/16", "sft/16", WITHOUT), gain(rows, "ppo/1024", "sft/1024", WITHOUT)
-    apart = few.low > many.high, few.high < many.low
-    verdict = "**holds**" if apart[0] else "**does not hold**" if apart[1] else "not clear"
-    return "gain without demonstrations at 16 and at 1024", f"{few.points()} and {many.points()}", verdict
+    """The gain with few demonstrations minus that with many."""
+    figure, verdict = told(gain_difference(rows, FEW, MANY, WITHOUT))
+    return f"{gain(rows, *FEW, WITHOUT).points()} and {gain(rows, *MANY, WITHOUT).points()}; apart {figure}", verdict
 
 
-def _length(rows: Rows) -> Answer:
-    ends = {name: curve(rows, name, "length") for name in ("ppo/token", "ppo/eos")}
-    drift = {name: float(c[-1] / c[0] - 1) for name, c in ends.items()}
-    figure = f"length over the rounds: token {100 * drift['ppo/token']:+.0f} %, EOS {100 * drift['ppo/eos']:+.0f} %".replace("-", "−")
-    longer = drift["ppo/token"] > 0.05 and drift["ppo/token"] > drift["ppo/eos"] + 0.05
-    words = "**holds**" if longer else "**does not hold** here: neither grows" if max(drift.values()) < 0.05 else "not clear"
-    return "token against EOS placement, short answers", figure, words
+def _longer(rows: Rows) -> Answer:
+    """How much more the rollouts grow under token placement than under EOS placement, over the seeds."""
+
+    def growth(name: str, seed: int) -> float:
+        length = rows[name, seed]["curves"]["length"]
+        return length[-1] / length[0] - 1
+
+    seeds = seeds_of(rows, "ppo/token", "ppo/eos")
+    each = {name: [growth(name, seed) for seed in seeds] for name in ("ppo/token", "ppo/eos")}
+    apart = estimate([np.array([t - e]) for t, e in zip(*each.values())])
+    means = " and ".join(f"{100 * float(np.mean(found)):+.0f} %" for found in each.values())
+    return f"{means}; apart {apart.points()}".replace("-", "−"), VERDICTS[apart.sign]
 
 
-CLAIMS: dict[str, tuple[list[str], Callable[[Rows], Answer]]] = {
-    "improves on SFT from demonstrations alone": (
-        ["ppo/eos", "sft/light"],
-        _against("ppo/eos", "sft/light", WITH, "light SFT, families with demonstrations"),
+CLAIMS = (
+    against("improves on SFT", ABSTRACT, "light SFT, families with demonstrations", "ppo/eos", "sft/light", WITH),
+    against("generalises beyond the demonstrations", ABSTRACT, "light SFT, families without demonstrations", "ppo/eos", "sft/light"),
+    Claim("consistently outperforms SFT", ABSTRACT, "every SFT, without demonstrations", tuple(sum(STARTS.values(), ())), _everywhere),
+    Claim(
+        "particularly where demonstrations are scarce",
+        ABSTRACT,
+        "gain without demonstrations from 16 and from 1024",
+        (*FEW, *MANY),
+        _scarce,
     ),
-    "generalises beyond the demonstrations": (
-        ["ppo/eos", "sft/light"],
-        _against("ppo/eos", "sft/light", WITHOUT, "light SFT, families without demonstrations"),
+    against("outperforms SFT of the same compute", EXPERIMENTS, "continued SFT, without demonstrations", "ppo/eos", "continued/eos"),
+    against("outperforms SFT at a low learning rate", EXPERIMENTS, "a tenth of the rate, without demonstrations", "ppo/eos", "sft/low-lr"),
+    against(
+        "works with minimal overlap of demonstrations and prompts",
+        EXPERIMENTS,
+        "prompts of the other families alone, without demonstrations",
+        "ppo/minimal",
+        "sft/light",
     ),
-    "consistently outperforms SFT": (["ppo/eos", "sft/light", "ppo/heavy", "ppo/medium"], _sfts),
-    "outperforms SFT with the same compute": (
-        ["ppo/eos", "continued/eos"],
-        _against("ppo/eos", "continued/eos", WITHOUT, "continued SFT, families without demonstrations"),
+    Claim(
+        "the reward at EOS avoids the length bias of token rewards",
+        EXPERIMENTS,
+        "growth of the rollouts over PPO: token and EOS placement, short answers",
+        ("ppo/token", "ppo/eos"),
+        _longer,
     ),
-    "outperforms SFT at a low learning rate": (
-        ["ppo/eos", "sft/low-lr"],
-        _against("ppo/eos", "sft/low-lr", WITHOUT, "a tenth of the rate, without demonstrations"),
+    against(
+        "outperforms PPO with a reward model of preferences",
+        EXPERIMENTS,
+        "a model of right and wrong answers on all families (labels that SRPPO never sees)",
+        "ppo/eos",
+        "ppo/reward-model",
     ),
-    "works with minimal overlap of demonstrations and prompts": (
-        ["ppo/minimal", "sft/light"],
-        _against("ppo/minimal", "sft/light", WITHOUT, "prompts of the other families alone, without demonstrations"),
+    against(
+        "… of preferences on the demonstrated families",
+        EXPERIMENTS,
+        "a model of right and wrong answers on the demonstrated families",
+        "ppo/eos",
+        "ppo/narrow-model",
     ),
-    "most effective where demonstrations are scarce": (["ppo/16", "sft/16", "ppo/1024", "sft/1024"], _scarce),
-    "the reward at EOS avoids the length bias of token rewards": (["ppo/token", "ppo/eos"], _length),
-    "no worse than PPO with a reward model of preferences": (
-        ["ppo/eos", "ppo/reward-model"],
-        _against("ppo/eos", "ppo/reward-model", WITHOUT, "a model of right and wrong answers on all families (labels SRPPO never sees)"),
-    ),
-    "… of preferences on the demonstrated families": (
-        ["ppo/eos", "ppo/narrow-model"],
-        _against("ppo/eos", "ppo/narrow-model", WITHOUT, "a model of right and wrong answers on the demonstrated families"),
-    ),
-}
+)

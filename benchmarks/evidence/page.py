@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence.cases import QUESTIONS, ROUNDS, TUNING_SEEDS, start_of, title
+from benchmarks.evidence.cases import FREE, QUESTIONS, ROUNDS, TUNING_SEEDS, start_of, title
 from benchmarks.evidence.claims import claims_table
 from benchmarks.evidence.figures import GROUPS, Rows, accuracy, curve, each_gain, gain, length, lost, seeds_of
 from matplotlib import pyplot as plt
@@ -58,8 +58,8 @@ def _head(rows: Rows) -> list[str]:
         f"Settings were chosen on seed {' and '.join(map(str, TUNING_SEEDS))} (`--choices`), which no table contains.",
         "",
         "Accuracy in percent on 160 prompts a seed of the four families with demonstrations and 240 of the six without, two samples a",
-        "prompt at temperature 1, and greedy. Intervals: 95 % bootstrap over seeds and prompts; gains are paired, over the SFT that the",
-        "training began with. Length: tokens of a sample, EOS included.",
+        "prompt at temperature 1, and greedy. Intervals: 95 % bootstrap over seeds and prompts (with five seeds they cover some 90 to",
+        "95 %); gains are paired, over the SFT that the training began with. Length: tokens of a sample, EOS included.",
         "Lost: of the prompts that the base answers right greedily, the share that the model no longer does.",
         "",
     ]
@@ -71,14 +71,15 @@ def table(rows: Rows, names: list[str], groups: dict[str, str] = GROUPS) -> list
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in names:
         cells = []
+        greedy_is_own = not name.startswith("free/") or FREE[name.removeprefix("free/")].how in ("logits", "weights")
         for group in groups:
-            found = accuracy(rows, name, group)
-            greedy = accuracy(rows, name, group, "greedy").value
-            cells += [f"{100 * found.value:.1f}", f"{100 * greedy:.1f}", f"{length(rows, name, group):.1f}"]
+            greedy = f"{100 * accuracy(rows, name, group, 'greedy').value:.1f}" if greedy_is_own else "–"
+            cells += [f"{100 * accuracy(rows, name, group).value:.1f}", greedy, f"{length(rows, name, group):.1f}"]
         start = start_of(name)
         compared = not name.startswith("sft/") and name != "base" and seeds_of(rows, name, start)
         gains = [gain(rows, name, start, group).points() if compared else "" for group in groups]
-        gone = [f"{100 * lost(rows, name, group).value:.0f}" if seeds_of(rows, name, "base") else "–" for group in groups]
+        known = greedy_is_own and seeds_of(rows, name, "base")
+        gone = [f"{100 * lost(rows, name, group).value:.0f}" if known else "–" for group in groups]
         shown = "0 / 0" if name == "base" else " / ".join(gone)
         lines.append(f"| {title(name)} | " + " | ".join([*cells, *gains, shown, str(len(seeds_of(rows, name)))]) + " |")
     return lines

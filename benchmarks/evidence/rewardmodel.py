@@ -1,6 +1,6 @@
-"""A reward model for the lab, trained on preferences: pairs of the SFT model's own samples, a right answer preferred to a wrong one.
+"""A reward model trained on preferences: pairs of the SFT model's own samples, a right answer preferred to a wrong one.
 
-It is the paper's comparison, and sees what SRPPO does not: which answers are right, on PAIRS prompts of all families. Bradley-Terry loss
+It is the paper's comparison, and sees what SRPPO does not: which answers are right, on at most PAIRS prompts. Bradley-Terry loss
 (Ouyang et al. 2022, arXiv 2203.02155, eq. 1), the classifier initialised from the SFT model.
 """
 

@@ -46,7 +46,11 @@ class Results:
         return {(row["name"], row["seed"]): row for row in self.every()}
 
     def every(self) -> list[Row]:
-        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.is_file() else []
+        if not self.file.is_file():
+            return []
+        with self.file.open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            return [json.loads(line) for line in stream]
 
     def add(self, rows: list[Row]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +64,8 @@ def produce(name: str, seed: int, runs: Path) -> list[Row]:
     kind, _, rest = name.partition("/")
     if kind == "free":
         return [free_row(rest, seed, runs)]
+    if name == "sft/saved":
+        return ppo_rows("card", seed, runs)
     if name == "base" or kind == "sft":
         return sft_rows("light" if name == "base" else rest, seed, runs)
     return ppo_rows(rest, seed, runs)
@@ -100,6 +106,7 @@ def ppo_rows(name: str, seed: int, runs: Path) -> list[Row]:
     case = PPOS[name]
     folder = runs / str(seed) / f"ppo-{name}"
     extra: dict[str, Any] = {}
+    own_sft = "sft.checkpoints_at" in SFTS[case.sft].changes  # the card moves its checkpoints: no SFT to share
     if not (folder / "summary.json").is_file():
         changes = dict(case.changes)
         if case.prompts != "all":
@@ -113,11 +120,10 @@ def ppo_rows(name: str, seed: int, runs: Path) -> list[Row]:
             }
         if case.after:
             changes["sft.checkpoint"] = str(continued_folder(case.after, seed, runs))
-        elif "sft.checkpoints_at" not in SFTS[case.sft].changes:  # else its own SFT is run again: the card moves its checkpoints
+        elif not own_sft:
             changes["sft.checkpoint"] = str(sft_folder(case.sft, seed, runs) / "sft")
         config = settings(case.sft, folder, seed, runs, changes | {"evaluation.continued_sft": case.continued})
-        whole = case.continued or "sft.checkpoint" not in changes
-        (align if whole else run_ppo)(config, overwrite=folder.exists(), progress=make_progress("quiet"))
+        (align if case.continued or own_sft else run_ppo)(config, overwrite=folder.exists(), progress=make_progress("quiet"))
         for heavy in ("checkpoints", "critic"):
             shutil.rmtree(folder / heavy, ignore_errors=True)
     if case.reward_model:
@@ -126,6 +132,8 @@ def ppo_rows(name: str, seed: int, runs: Path) -> list[Row]:
         card = json.loads((folder / "diagnose.json").read_text())
         extra["card"] = {"verdict": card["verdict"], "reasons": card["reasons"], "decision": card["decision"]}
     rows = [row_of(folder, "srppo", f"ppo/{name}", seed) | extra]
+    if own_sft:
+        rows.append(row_of(folder, "sft", f"sft/{case.sft}", seed))  # the checkpoint that the card chose to start from
     if case.continued:
         rows.append(row_of(folder, "sft_continued", f"continued/{name}", seed))
     return rows
