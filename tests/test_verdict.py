@@ -40,6 +40,10 @@ def preferring(*figures: float) -> list[Preference]:
     return [Preference("sft", "all", Estimate(*figures, 20), GOOD)]
 
 
+LOSS = Estimate(-0.1, -0.3, 0.1, 20)
+LOSING: dict[str, Any] = {"decision": deciding(LOSS), "spreads": [spread("held-out"), spread("other", tail=2.2)]}
+
+
 @pytest.mark.parametrize(
     ("changes", "verdict", "words"),
     [
@@ -53,19 +57,21 @@ def preferring(*figures: float) -> list[Preference]:
         ),
         ({"spreads": [spread("held-out", mean=-5.0, tail=-1.0), spread("other", mean=-4.0, tail=0.5)]}, "go", "prefers"),
         ({"preferences": []}, "caution", "no held-out demonstrations"),
-        ({"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20))}, "no-go", "Even at the best beta, 1, PPO would not make"),
-        ({"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20), automatic=False)}, "no-go", "At the recipe's beta, 1"),
+        (LOSING, "no-go", "Even at the best beta, 1, PPO would not make .* no smaller on other prompts"),
+        (LOSING | {"decision": deciding(LOSS, automatic=False)}, "no-go", "At the recipe's beta, 1"),
+        ({"decision": deciding(LOSS)}, "caution", "but the reward is smaller on other prompts"),
+        ({"decision": deciding(LOSS), "spreads": [spread("held-out", tail=-1.0), spread("other", tail=0.5)]}, "no-go", "Even at the best"),
         (
-            {"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20)), "betas": [replace(MATCHING, match_gain=0.07)]},
+            LOSING | {"betas": [replace(MATCHING, match_gain=0.07)]},
             "caution",
             r"-0.10 nats a response \(-0.30 to \+0.10\); but it would say what they say more often \(35 to 42 % of",
         ),
         (
-            {"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20)), "betas": [replace(MATCHING, match_gain=0.009)]},
+            LOSING | {"betas": [replace(MATCHING, match_gain=0.009)]},
             "no-go",
             "Even at the best",
         ),
-        ({"decision": deciding(Estimate(-0.1, -0.3, 0.1, 20)), "betas": [replace(MATCHING, beta=0.5, match_gain=0.1)]}, "no-go", "Even at"),
+        (LOSING | {"betas": [replace(MATCHING, beta=0.5, match_gain=0.1)]}, "no-go", "Even at"),
         ({"decision": deciding(Estimate(0.1, -0.1, 0.3, 20))}, "caution", "is not clear: \\+0.10"),
         ({"decision": deciding(Estimate(None))}, "go", "prefers"),
         ({"length_bias": replace(BIAS, eos_share=0.7)}, "caution", "70 % of the reward sits in the EOS token"),
@@ -98,3 +104,38 @@ def test_the_gravest_reason_is_first() -> None:
 def test_a_handful_of_demonstrations_stops_nothing() -> None:
     found, reasons = judge_reward(card(heldout=5, preferences=preferring(0.3, 0.2, 0.45)))
     assert found == "caution" and "only in 30 %" in reasons[0] and "Only 5" in reasons[1]
+
+
+def scored(*gains: tuple[float, float, float]) -> list[BetaRow]:
+    """Rows at the decision's beta, a group of PPO's prompts a score gain; another beta's say the contrary."""
+    rows = [BetaRow(1.0, f"group {i}", 0.8, 0.2, 1.5, 10.0, accuracy_gain=Estimate(*gain, 20)) for i, gain in enumerate(gains)]
+    return [*rows, *(replace(row, beta=0.2, accuracy_gain=Estimate(-0.5, -0.6, -0.4, 20)) for row in rows)]
+
+
+CLEAR, PERHAPS, UNCLEAR, HARM = (0.1, 0.05, 0.15), (0.02, -0.01, 0.05), (-0.02, -0.05, 0.01), (-0.1, -0.15, -0.05)
+AGAINST: dict[str, Any] = LOSING | {"preferences": preferring(0.3, 0.2, 0.45)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "gains", "verdict", "words"),
+    [
+        ({}, [CLEAR], "go", r"answer better on group 0: \+10.0 points \(\+5.0 to \+15.0\)"),
+        ({}, [PERHAPS], "go", "answer perhaps better on group 0"),
+        ({}, [CLEAR, UNCLEAR], "caution", "answer no better on group 1"),
+        ({}, [CLEAR, HARM], "no-go", "answer worse on group 1"),
+        (AGAINST, [CLEAR, PERHAPS], "go", r"only in 30 % .* The scores speak for it all the same\."),
+        (AGAINST, [PERHAPS], "caution", r"only in 30 % .* The scores speak for it all the same\."),
+        (AGAINST, [UNCLEAR], "no-go", r"only in 30 %"),
+        (AGAINST, [CLEAR, UNCLEAR], "no-go", r"only in 30 %"),
+    ],
+)
+def test_scores_decide_where_there_are_any(
+    changes: dict[str, Any], gains: list[tuple[float, float, float]], verdict: str, words: str
+) -> None:
+    found, reasons = judge_reward(card(betas=scored(*gains), **changes))
+    assert found == verdict and any(re.search(words, r) for r in reasons), reasons
+
+
+def test_scores_do_not_excuse_what_they_cannot_see() -> None:
+    found, reasons = judge_reward(card(betas=scored(CLEAR), length_bias=replace(BIAS, eos_share=0.7)))
+    assert found == "caution" and "EOS" in reasons[0]

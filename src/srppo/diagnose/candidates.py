@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from srppo.diagnose.statistics import (
 )
 from srppo.rewards import CoherentReward
 
+LEAST_BETA = 0.5  # below it PPO over-optimised even light SFTs in the lab: docs/results/guard_criteria.md
 LEAST_EFFECTIVE = 0.5  # below it, PPO at this beta would go where the samples cannot see; chosen by hand, not tuned
 FLAT = 0.005  # nats a response that make no difference; a twentieth of what a light SFT gains in the lab
 
@@ -84,11 +86,16 @@ def weigh_pair(
 
 
 def suggest_beta(pair: Pair) -> float:
-    """The beta with the highest predicted gain among those the samples can judge (effective share LEAST_EFFECTIVE or more; the largest
-    beta always counts); of gains equal to FLAT nats the largest beta, which moves the policy least."""
-    judged = [b for b in pair.gains if pair.effective[b] >= LEAST_EFFECTIVE] or [max(pair.gains)]
-    top = max(float(pair.gains[b].mean()) for b in judged)
-    return max(b for b in judged if pair.gains[b].mean() >= top - FLAT)
+    """1 (or the beta nearest to it), unless another's predicted gain is higher by more than one standard error of the difference, prompt
+    by prompt; then the one with the highest, of gains equal to FLAT nats the largest beta, which moves the policy least.
+
+    Only betas from LEAST_BETA are taken, and of them those the samples can judge (effective share LEAST_EFFECTIVE or more; the largest
+    beta always counts).
+    """
+    judged = [b for b in pair.gains if b >= LEAST_BETA and pair.effective[b] >= LEAST_EFFECTIVE] or [max(pair.gains)]
+    default = min(judged, key=lambda b: abs(math.log(b)))
+    better = {b: float(g.mean()) for b in judged if (g := pair.gains[b] - pair.gains[default]).mean() > standard_error(g)}
+    return max((b for b, gain in better.items() if gain >= max(better.values()) - FLAT), default=default)
 
 
 def choose_pair(pairs: Sequence[Pair]) -> Pair | None:

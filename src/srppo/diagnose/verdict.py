@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from srppo.diagnose.reward_card import BetaRow, Preference, RewardCard, Verdict
+import math
+from collections.abc import Mapping
+
+from srppo.diagnose.reward_card import BetaRow, Estimate, Preference, RewardCard, RewardSpread, Verdict
 
 FEW = 12  # held-out prompts below which nothing is sure
 TELLING = 5  # of them, on which a sample differs from the demonstration: below it the AUC alone stops nothing
 LENGTH_RANK, LENGTH_CHANGE = 0.5, 1.25
 EOS_SHARE = 0.5
 ENDS = 0.8
-NOTHING, TAIL = 0.1, 1.25  # of the reward on prompts like the demonstrations: mean, and 95 % quantile
+NOTHING, TAIL = 0.1, 1.25  # of the reward on prompts like the demonstrations: mean, and 95 % quantile, for a caution by itself
+OVER = 1.0  # of that quantile, from which a predicted loss is believed
 MATCHES_MORE = 0.01  # of the samples: likelihood and match then disagree, and neither is ground to stop on
 Finding = tuple[Verdict, str]
 RANK: dict[Verdict, int] = {"go": 0, "caution": 1, "no-go": 2}
@@ -17,7 +21,9 @@ RANK: dict[Verdict, int] = {"go": 0, "caution": 1, "no-go": 2}
 
 def judge_reward(card: RewardCard) -> tuple[Verdict, list[str]]:
     """Verdict and reasons, the gravest first; where nothing speaks against the reward, what speaks for it."""
-    found = [*_discrimination(card), *_gain(card), *_length(card), *_ending(card), *_shift(card), *_size(card)]
+    gains = _score_gains(card)
+    signs = _weighed([*_discrimination(card), *_gain(card), *_shift(card)], gains)
+    found = [*_scores(gains, card.decision.beta), *signs, *_length(card), *_ending(card), *_size(card)]
     found.sort(key=lambda item: -RANK[item[0]])
     verdict: Verdict = max((v for v, _ in found), key=RANK.__getitem__, default="go")
     if verdict == "no-go" and card.heldout < FEW:
@@ -74,10 +80,53 @@ def _gain(card: RewardCard) -> list[Finding]:
         if row is not None and row.match is not None and row.match_gain is not None and row.match_gain >= MATCHES_MORE:
             before, after = 100 * (row.match - row.match_gain), 100 * row.match
             return [("caution", f"{words}; but it would say what they say more often ({before:.0f} to {after:.0f} % of its samples).")]
-        return [("no-go", f"{words}.")]
+        if _tail(card) <= OVER:
+            return [("caution", f"{words}; but the reward is smaller on other prompts than on theirs, as where PPO helps.")]
+        return [("no-go", f"{words}, and the reward is no smaller on other prompts than on theirs.")]
     if gain.low <= 0:
         return [("caution", f"Whether PPO at beta {beta:g} makes held-out demonstrations likelier is not clear: {figures}.")]
     return [("go", f"At beta {beta:g} PPO should make held-out demonstrations likelier: {figures}.")]
+
+
+def _tail(card: RewardCard) -> float:
+    """The best-paid samples' reward on the best-paid group of PPO's prompts, over that on prompts like the demonstrations; infinite
+    where that is not above 0 (or nothing was held out) and the other is, so that the sign is not missed; 0 without such groups."""
+    own, others = _sft_spreads(card)
+    top = max((s.quantiles[-1] for s in others), default=0.0)
+    below = own.quantiles[-1] if own else 0.0
+    return top / below if below > 0 else math.inf if top > 0 else 0.0
+
+
+def _sft_spreads(card: RewardCard) -> tuple[RewardSpread | None, list[RewardSpread]]:
+    """The SFT samples' rewards on prompts like the demonstrations, and on the groups of PPO's prompts."""
+    found = [s for s in card.spreads if s.author == "sft" and s.n]
+    return next((s for s in found if s.group == "held-out"), None), [s for s in found if s.group != "held-out"]
+
+
+def _score_gains(card: RewardCard) -> dict[str, Estimate]:
+    """Of PPO's prompts, by group: how much more often the samples it would move towards are right, where a scoring function fits."""
+    rows = [r for r in card.betas if r.group != "held-out" and r.beta == card.decision.beta]
+    return {r.group: r.accuracy_gain for r in rows if r.accuracy_gain is not None and r.accuracy_gain.value is not None}
+
+
+def _scores(gains: Mapping[str, Estimate], beta: float) -> list[Finding]:
+    out: list[Finding] = []
+    for group, gain in gains.items():
+        value, low, high = (100 * (x or 0.0) for x in (gain.value, gain.low, gain.high))
+        verdict: Verdict = "no-go" if high < 0 else "caution" if value <= 0 else "go"
+        how = {"no-go": "worse", "caution": "no better", "go": "better" if low > 0 else "perhaps better"}[verdict]
+        figures = f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+        out.append((verdict, f"By the scoring function, PPO at beta {beta:g} would answer {how} on {group}: {figures}."))
+    return out
+
+
+def _weighed(signs: list[Finding], gains: Mapping[str, Estimate]) -> list[Finding]:
+    """The signs that go without scores give way where every group's score would rise: a no-go to a caution, and where one of the rises
+    is clear, all to a go."""
+    if not gains or any((g.value or 0) <= 0 for g in gains.values()):
+        return signs
+    most: Verdict = "go" if any((g.low or 0) > 0 for g in gains.values()) else "caution"
+    return [(v, words) if RANK[v] <= RANK[most] else (most, f"{words} The scores speak for it all the same.") for v, words in signs]
 
 
 def _length(card: RewardCard) -> list[Finding]:
@@ -123,13 +172,11 @@ def _ending(card: RewardCard) -> list[Finding]:
 
 def _shift(card: RewardCard) -> list[Finding]:
     """Groups of prompts on which the samples earn next to nothing, or more than on prompts like the demonstrations."""
-    own = next((s for s in card.spreads if s.author == "sft" and s.group == "held-out"), None)
+    own, others = _sft_spreads(card)
     if own is None:
         return []
     out: list[Finding] = []
-    for s in card.spreads:
-        if s.author != "sft" or s is own or not s.n:
-            continue
+    for s in others:
         if own.mean > 0 and s.mean < NOTHING * own.mean:
             out.append(
                 (
