@@ -160,6 +160,13 @@ def pair(name: str, loglikelihood: list[float], gains: dict[float, list[float]],
     return replace(found, beta=suggest_beta(found))
 
 
+def test_beta_is_one_unless_another_is_clearly_better() -> None:
+    assert pair("a", [0.0] * 3, {1.0: [0.1, 0.0, 0.2], 2.0: [0.2, 0.1, 0.31]}).beta == 2.0
+    assert pair("a", [0.0] * 3, {1.0: [0.1, 0.0, 0.2], 2.0: [0.9, -0.4, 0.1]}).beta == 1.0  # +0.10, standard error 0.36
+    assert pair("a", [0.0] * 3, {0.3: [9.0, 9.0, 9.0], 1.0: [0.1, 0.0, 0.2]}).beta == 1.0  # smaller than is ever taken
+    assert pair("a", [0.0], {1.0: [0.1], 2.0: [0.9]}).beta == 1.0  # one prompt tells nothing
+
+
 def test_beta_is_where_the_predicted_gain_is_highest() -> None:
     assert pair("a", [0.0] * 2, {0.5: [-1.0, 0.0], 1.0: [0.1, 0.1], 2.0: [0.05, 0.05]}).beta == 1.0
     assert pair("a", [0.0] * 2, {0.5: [0.1, 0.3], 1.0: [0.1, 0.296], 2.0: [0.0, 0.1]}).beta == 1.0  # as good as equal: the gentler

@@ -88,6 +88,7 @@ PPOS = {
     "after": Ppo("SRPPO after continued SFT, reward from the light SFT", numerator="light", after="eos"),
     "lora": Ppo("SRPPO, LoRA", "lora", {"tuning.kind": "lora", "ppo.learning_rate": 1e-3, "ppo.critic_learning_rate": 1e-3}),
     "card": Ppo("SRPPO, start, numerator and β by the card, guard on", "saved", CARD),
+    "guard": Ppo("SRPPO, guard on", changes={k: v for k, v in CARD.items() if k.startswith("guard.")}),
     "guarded": Ppo("SRPPO, β by the card, guard on", "light", CARD),
 }
 FREE = {
@@ -124,6 +125,7 @@ QUESTIONS: dict[str, list[str]] = {
         "ppo/shift",
         "ppo/reward-model",
         "ppo/narrow-model",
+        "ppo/guard",
         "ppo/guarded",
         "ppo/card",
         "sft/saved",  # comes with ppo/card
