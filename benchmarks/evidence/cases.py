@@ -155,7 +155,7 @@ def title(name: str) -> str:
         return "base"
     if kind == "continued":
         started = SFTS[PPOS[rest].sft].title.removeprefix("SFT").removeprefix(", ").partition(" (")[0]
-        return "continued SFT, PPO's compute" + (f", {started}" if started else "")
+        return "continued SFT" + (f", {started}" if started else "")
     table: dict[str, Any] = {"sft": SFTS, "ppo": PPOS, "free": FREE}[kind]
     return str(table[rest].title)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from benchmarks.evidence.cases import FREE, QUESTIONS, ROUNDS, TUNING_SEEDS, start_of, title
 from benchmarks.evidence.claims import claims_table
 from benchmarks.evidence.figures import GROUPS, Rows, accuracy, curve, each_gain, gain, length, lost, seeds_of
@@ -41,33 +42,34 @@ def write_page(rows: Rows, folder: Path, seeds: Sequence[int]) -> Path:
             figure.savefig(images / f"{question}.png", dpi=110, bbox_inches="tight", facecolor="white")
             plt.close(figure)
             lines += [f"![{heading}](evidence/{question}.png)", ""]
-    lines += _length_bias(rows, images) + claims_table(rows)
+    lines += _rivals(rows) + _length_bias(rows, images) + claims_table(rows)
     page = folder / "evidence.md"
     page.write_text("\n".join(lines) + "\n")
     return page
 
 
 def _head(rows: Rows) -> list[str]:
-    seconds = sum(row.get("seconds") or 0 for row in rows.values())
+    seconds = sum(row.get("wall_seconds") or 0 for row in rows.values())
     seeds = sorted({seed for _, seed in rows})
     return [
         "# Evidence from the embedded world",
         "",
         f"`python -m benchmarks.evidence`: seeds {', '.join(map(str, seeds))} (each draws demonstrations, prompts and evaluation",
-        f"words anew), {ROUNDS} rounds of PPO of 128 prompts. Training and sampling took {seconds / 60:.0f} minutes of one core in all.",
+        f"words anew), {ROUNDS} rounds of PPO of 128 prompts. The runs took {seconds / 60:.0f} minutes of one core in all.",
         f"Settings were chosen on seed {' and '.join(map(str, TUNING_SEEDS))} (`--choices`), which no table contains.",
         "",
         "Accuracy in percent on 160 prompts a seed of the four families with demonstrations and 240 of the six without, two samples a",
         "prompt at temperature 1, and greedy. Intervals: 95 % bootstrap over seeds and prompts (with five seeds they cover some 90 to",
         "95 %); gains are paired, over the SFT that the training began with. Length: tokens of a sample, EOS included.",
         "Lost: of the prompts that the base answers right greedily, the share that the model no longer does.",
+        "Compute: of the training, thousands of tokens passed through a model, a backward pass counted as two.",
         "",
     ]
 
 
 def table(rows: Rows, names: list[str], groups: dict[str, str] = GROUPS) -> list[str]:
     columns = ["", *(c for words in groups.values() for c in (f"{words}: sampled", "greedy", "length"))]
-    columns += [*(f"gain {words}" for words in groups.values()), f"lost {' / '.join(groups.values())}", "seeds"]
+    columns += [*(f"gain {words}" for words in groups.values()), f"lost {' / '.join(groups.values())}", "compute", "seeds"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in names:
         cells = []
@@ -81,8 +83,50 @@ def table(rows: Rows, names: list[str], groups: dict[str, str] = GROUPS) -> list
         known = greedy_is_own and seeds_of(rows, name, "base")
         gone = [f"{100 * lost(rows, name, group).value:.0f}" if known else "–" for group in groups]
         shown = "0 / 0" if name == "base" else " / ".join(gone)
-        lines.append(f"| {title(name)} | " + " | ".join([*cells, *gains, shown, str(len(seeds_of(rows, name)))]) + " |")
+        lines.append(
+            f"| {title(name)} | " + " | ".join([*cells, *gains, shown, compute(rows, name), str(len(seeds_of(rows, name)))]) + " |"
+        )
     return lines
+
+
+def compute(rows: Rows, name: str) -> str:
+    """Mean over seeds of the tokens passed through a model, in thousands, a backward pass for two."""
+    found = [rows[name, seed].get("passes") for seed in seeds_of(rows, name)]
+    told = [passes for passes in found if passes]
+    return f"{np.mean(told) / 1000:.0f}" if told else "–"
+
+
+def differences(rows: Rows, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """A row a pair of names: the first minus the second."""
+    lines = ["| | over | with | without |", "|---|---|---|---|"]
+    for name, other in pairs:
+        if seeds_of(rows, name, other):
+            cells = " | ".join(gain(rows, name, other, group).points() for group in GROUPS)
+            lines.append(f"| {title(name)} | {title(other)} | {cells} |")
+    return lines
+
+
+def _rivals(rows: Rows) -> list[str]:
+    """SRPPO against what costs the same or less, and its variants against the plain one."""
+    starts = ("eos", "16", "256", "1024", "medium", "heavy")
+    variants = ("token", "length", "shift", "beta-2", "guard", "guarded", "card", "after")
+    return [
+        "## SRPPO against its rivals",
+        "",
+        "Points of sampled accuracy, paired over prompts and seeds. Continued SFT ends where the held-out loss is lowest, so its compute",
+        "is at most PPO's.",
+        "",
+        *differences(rows, [(f"ppo/{name}", f"continued/{name}") for name in starts]),
+        "",
+        *differences(rows, [("ppo/eos", f"free/{name}") for name in FREE]),
+        "",
+        "## What helped",
+        "",
+        *differences(rows, [(f"ppo/{name}", "ppo/eos") for name in variants] + [("ppo/numerator", "ppo/medium")]),
+        "",
+        *differences(rows, [(f"ppo/{name}", "continued/eos") for name in variants] + [("ppo/numerator", "continued/medium")]),
+        "",
+    ]
 
 
 def draw(rows: Rows, question: str, names: list[str]) -> Figure | None:

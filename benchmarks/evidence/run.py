@@ -98,7 +98,7 @@ def sft_folder(name: str, seed: int, runs: Path) -> Path:
 
 def sft_rows(name: str, seed: int, runs: Path) -> list[Row]:
     folder = sft_folder(name, seed, runs)
-    rows = [row_of(folder, "sft", f"sft/{name}", seed)]
+    rows = [row_of(folder, "sft", f"sft/{name}", seed) | whole_run(folder)]
     return [row_of(folder, "base", "base", seed), *rows] if name == "light" else rows
 
 
@@ -131,7 +131,7 @@ def ppo_rows(name: str, seed: int, runs: Path) -> list[Row]:
     if (folder / "diagnose.json").is_file():
         card = json.loads((folder / "diagnose.json").read_text())
         extra["card"] = {"verdict": card["verdict"], "reasons": card["reasons"], "decision": card["decision"]}
-    rows = [row_of(folder, "srppo", f"ppo/{name}", seed) | extra]
+    rows = [row_of(folder, "srppo", f"ppo/{name}", seed) | whole_run(folder) | extra]
     if own_sft:
         rows.append(row_of(folder, "sft", f"sft/{case.sft}", seed))  # the checkpoint that the card chose to start from
     if case.continued:
@@ -173,7 +173,12 @@ def free_row(name: str, seed: int, runs: Path) -> Row:
         found = judge(space, case, SAMPLES)
     shutil.rmtree(config.output, ignore_errors=True)
     groups = {name: answers_row(found.rows, found.to_dict()[name], name) for name in GROUPS}
-    return {"name": f"free/{name}", "seed": seed, "groups": groups, "seconds": time.monotonic() - started}
+    return {"name": f"free/{name}", "seed": seed, "groups": groups, "wall_seconds": time.monotonic() - started}
+
+
+def whole_run(folder: Path) -> Row:
+    """How long the run took that a row is of, evaluation and all; rows of its other stages do not count it again."""
+    return {"wall_seconds": json.loads((folder / "summary.json").read_text())["wall_seconds"]}
 
 
 def row_of(folder: Path, stage: str, name: str, seed: int) -> Row:
