@@ -27,7 +27,7 @@ from srppo.train import guard as guard_module
 from srppo.train.compute import Compute
 from srppo.train.guard import Guard, Look, alarming, best_of, looks_since_best, watched
 from srppo.train.interrupt import Interrupted
-from srppo.train.ppo import PPOState, train_ppo
+from srppo.train.ppo import PPOSetup, PPOState, train_ppo
 from tiny_job import StopAt, tiny_job
 from tiny_models import EOS, IM_END, train_role
 
@@ -133,7 +133,7 @@ def ppo(config: RunConfig, *, stop_at: float = math.inf, resume: bool = False) -
     """train_ppo in the run folder, with a guard as the configuration says."""
     roles = some_roles(config)
     with RunFolder.open(config.output, dump(config), resume=resume) as run:
-        state = train_ppo(
+        setup = PPOSetup(
             roles,
             [Prompt([10 + i, 20, 30], "", i) for i in range(5)],
             config,
@@ -144,9 +144,8 @@ def ppo(config: RunConfig, *, stop_at: float = math.inf, resume: bool = False) -
             compute=Compute(),
             interrupt=StopAt(stop_at),
             decode=str,
-            evaluate=lambda _: {},
-            guard=new_guard(roles, config, run) if config.guard.every else None,
         )
+        state = train_ppo(setup, evaluate=lambda _: {}, guard=new_guard(roles, config, run) if config.guard.every else None)
     return roles, state
 
 
