@@ -256,6 +256,25 @@ def test_which_demonstrations_are_watched(tmp_path: Path) -> None:
     assert len(first.prompt_ids) == 2 and first.prompt_ids == watched(HELDOUT * 5, roles, config).prompt_ids
 
 
+def test_the_reward_model_judges_the_demonstrations_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Judge:
+        def __init__(self) -> None:
+            self.asked: list[Rollout] = []
+
+        def scores(self, rollout: Rollout, rows: int) -> torch.Tensor:
+            self.asked.append(rollout)
+            return rollout.lengths.float()
+
+    config, judge = job(tmp_path), Judge()
+    roles = some_roles(config)
+    roles.create("policy", "sft")
+    with RunFolder.open(config.output, dump(config)) as run:
+        guard = new_guard(roles, config, run)
+        monkeypatch.setattr(guard, "_preference_model", judge)
+        first, second = guard.look(0), guard.look(1)
+    assert sorted(len(rollout.prompt_ids) for rollout in judge.asked) == [3, 6, 6] and first["guard/auc"] == second["guard/auc"]
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_watching_changes_nothing(kind: str, tmp_path: Path) -> None:
     """Metrics and weights of every round, with the guard and without."""
