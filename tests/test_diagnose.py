@@ -277,6 +277,13 @@ def test_a_path_as_numerator_without_ppo(tmp_path: Path) -> None:
     assert run_diagnose(config, **QUIET)["decision"]["numerator"] == "reward"
 
 
+def test_an_sft_of_another_architecture_has_no_preview_by_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tiny_job(tmp_path, "qwen2").model.name
+    card = run_diagnose(tiny_job(tmp_path, sft__checkpoint=other, **SMALL), progress=make_progress("plain"))
+    assert {p["name"].split(",")[0] for p in card["preview"]} == {"base", "sft", "logits"}
+    assert "of another architecture than the base" in capsys.readouterr().out
+
+
 def test_only_the_listed_betas_are_looked_at(tmp_path: Path) -> None:
     card = run_diagnose(tiny_job(tmp_path, **{**SMALL, "diagnose__betas": [2.0, 4.0]}), **QUIET)
     assert {row["beta"] for row in card["betas"]} == {2.0, 4.0} and card["decision"]["beta"] in (2.0, 4.0)

@@ -27,7 +27,7 @@ from srppo.train import guard as guard_module
 from srppo.train.compute import Compute
 from srppo.train.guard import Guard, Look, alarming, best_of, looks_since_best, watched
 from srppo.train.interrupt import Interrupted
-from srppo.train.ppo import PPOState, train_ppo
+from srppo.train.ppo import PPOSetup, PPOState, train_ppo
 from tiny_job import StopAt, tiny_job
 from tiny_models import EOS, IM_END, train_role
 
@@ -133,7 +133,7 @@ def ppo(config: RunConfig, *, stop_at: float = math.inf, resume: bool = False) -
     """train_ppo in the run folder, with a guard as the configuration says."""
     roles = some_roles(config)
     with RunFolder.open(config.output, dump(config), resume=resume) as run:
-        state = train_ppo(
+        setup = PPOSetup(
             roles,
             [Prompt([10 + i, 20, 30], "", i) for i in range(5)],
             config,
@@ -144,9 +144,8 @@ def ppo(config: RunConfig, *, stop_at: float = math.inf, resume: bool = False) -
             compute=Compute(),
             interrupt=StopAt(stop_at),
             decode=str,
-            evaluate=lambda _: {},
-            guard=new_guard(roles, config, run) if config.guard.every else None,
         )
+        state = train_ppo(setup, evaluate=lambda _: {}, guard=new_guard(roles, config, run) if config.guard.every else None)
     return roles, state
 
 
@@ -255,6 +254,25 @@ def test_which_demonstrations_are_watched(tmp_path: Path) -> None:
     assert watched([long, HELDOUT[2], bare], roles, config).prompt_ids == [[12, 20, 32]]
     first = watched(HELDOUT * 5, roles, config)
     assert len(first.prompt_ids) == 2 and first.prompt_ids == watched(HELDOUT * 5, roles, config).prompt_ids
+
+
+def test_the_reward_model_judges_the_demonstrations_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Judge:
+        def __init__(self) -> None:
+            self.asked: list[Rollout] = []
+
+        def scores(self, rollout: Rollout, rows: int) -> torch.Tensor:
+            self.asked.append(rollout)
+            return rollout.lengths.float()
+
+    config, judge = job(tmp_path), Judge()
+    roles = some_roles(config)
+    roles.create("policy", "sft")
+    with RunFolder.open(config.output, dump(config)) as run:
+        guard = new_guard(roles, config, run)
+        monkeypatch.setattr(guard, "_preference_model", judge)
+        first, second = guard.look(0), guard.look(1)
+    assert sorted(len(rollout.prompt_ids) for rollout in judge.asked) == [3, 6, 6] and first["guard/auc"] == second["guard/auc"]
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

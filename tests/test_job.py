@@ -49,9 +49,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     seen: dict[str, Any] = {}
     inner = stages.train_ppo
 
-    def watching(roles: Roles, *args: Any, **options: Any) -> Any:
+    def watching(setup: ppo_module.PPOSetup, **options: Any) -> Any:
+        roles = setup.roles
         seen["before"] = (roles.fingerprint("base"), roles.fingerprint("sft"))
-        state = inner(roles, *args, **options)
+        state = inner(setup, **options)
         seen["after"] = (roles.fingerprint("base"), roles.fingerprint("sft"))
         ids = torch.arange(10, 22)[None]
         seen["ids"] = ids

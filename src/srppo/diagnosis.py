@@ -83,6 +83,7 @@ def _as_used(space: Workspace) -> RunConfig:
     return space.config.model_copy(
         update={
             "reward": reward.model_copy(update=settled),
+            # The last of `checkpoints` is the only start then, and with PPO begun that is the one sft/ holds, whichever was chosen.
             "sft": space.config.sft.model_copy(update={"keep": "last"}),
         }
     )
@@ -103,7 +104,7 @@ def checkpoints(space: Workspace) -> Checkpoints:
     kept = share_name(trained["kept"]["share"])
     others = [share_name(share) for step, share in sorted(steps.items()) if step != trained["kept"]["step"]]
     folders = {share_name(c["share"]): str(space.run.path / c["folder"]) for c in trained["checkpoints"]}
-    held = _held(space) or kept
+    held = _held(space)
     if isinstance(space.config.reward.checkpoint, str) and space.config.reward.checkpoint not in ("auto", "sft") and not roles:
         folders[OTHER] = space.config.reward.checkpoint
     names = [*others, kept]
@@ -112,17 +113,20 @@ def checkpoints(space: Workspace) -> Checkpoints:
     return Checkpoints(names, roles if held == UNKNOWN else {held: "sft", **roles}, {n: f for n, f in folders.items() if n != held})
 
 
-def _held(space: Workspace) -> str | None:
-    """The checkpoint that the role `sft` and the folder sft/ hold since the card moved them; UNKNOWN where it was stopped in doing so."""
-    return (outcome(space, MOVED) or {}).get("held")
+def _held(space: Workspace) -> str:
+    """The checkpoint of this run's SFT that the role `sft` and the folder sft/ hold: the one it kept, until the card puts another there;
+    UNKNOWN where it was stopped in doing so."""
+    moved, trained = outcome(space, MOVED), outcome(space, "sft")
+    if moved is not None:
+        return str(moved["held"])
+    assert trained is not None, "the SFT comes before the card"
+    return share_name(trained["kept"]["share"])
 
 
 def obey(space: Workspace, decision: dict[str, Any]) -> Workspace:
     """Put the card's decisions in place of every `auto`."""
-    if "sft.keep" in decision["automatic"]:
-        trained = outcome(space, "sft") or {}
-        if decision["start"] != (_held(space) or share_name(trained["kept"]["share"])):
-            _move(space, decision["start"])
+    if "sft.keep" in decision["automatic"] and decision["start"] != _held(space):
+        _move(space, decision["start"])
     return replace(space, config=_decided(space.config, decision))
 
 

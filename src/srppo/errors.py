@@ -31,6 +31,10 @@ class ModelError(SrppoError):
     """A model or tokenizer that cannot be loaded, or that does not fit the others."""
 
 
+class ArchitectureError(ModelError):
+    """Two models that should have the same weights by name and shape, and do not."""
+
+
 class RunFolderError(SrppoError):
     """An output folder that exists, is not a run, is damaged, or cannot be written."""
 

@@ -169,7 +169,8 @@ class SFTConfig(Section):
 class RewardConfig(Section):
     kind: Literal["coherent", "preference_model"] = "coherent"
     """coherent: log pi_sft - log pi_base, the paper's. preference_model: the score of `preference_model`, which the paper compares with;
-    no reward card is made then, and `checkpoint`, `placement` and the other options of the log-ratio say nothing."""
+    no reward card is made then, and `checkpoint`, `placement`, `length_normalization`, `token_shift`, `token_clip` and `include_eos`
+    must keep their defaults."""
     preference_model: str | None = None
     """With kind preference_model: hub id or local folder of a Hugging Face sequence classifier."""
     preference_label: str | None = None

@@ -19,7 +19,7 @@ from srppo.train.continued import ROLE as CONTINUED
 from srppo.train.continued import continue_sft
 from srppo.train.guard import CHECKPOINTS, Guard, watched
 from srppo.train.interrupt import Interrupted, StopRequested
-from srppo.train.ppo import train_ppo
+from srppo.train.ppo import PPOSetup, train_ppo
 from srppo.train.sft import share_name, train_sft
 from srppo.train.supervised import heldout_nll
 from srppo.workspace import Workspace
@@ -97,7 +97,7 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
         nll = heldout_nll(roles, "policy", loaded.demonstrations.heldout, config.sft.micro_batch_size)
         return metrics | ({} if nll is None else {"eval/heldout_nll": nll})
 
-    state = train_ppo(
+    setup = PPOSetup(
         roles,
         loaded.prompts,
         config,
@@ -108,10 +108,9 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
         compute=compute,
         interrupt=space.interrupt,
         decode=loaded.decode,
-        evaluate=evaluate_now if during else lambda _: {},
-        guard=make_guard(space),
         preference_model=loaded.preference_model,
     )
+    state = train_ppo(setup, evaluate=evaluate_now if during else lambda _: {}, guard=make_guard(space))
     if loaded.preference_model is not None and loaded.preference_model.cut:
         space.progress.warn(f"{loaded.preference_model.cut} texts were longer than the preference model reads, and lost their beginning")
     roles.save("policy", run.path / "policy", card=model_card(config, "policy"))

@@ -48,8 +48,8 @@ def diagnose(
     gatherer = Gatherer(roles, engine, config, check)
     open_pairs = considered(checkpoints, config)
     starts, numerators = (list(dict.fromkeys(side)) for side in zip(*open_pairs, strict=True))
-    betas = sorted({*settings.betas, *filter(None, [fixed_beta(config.reward)])})
-    anchored = foretold(config.reward)
+    # Empty where beta does not mean what the theory says: nothing is foretold of any then.
+    betas = sorted({*settings.betas, *filter(None, [fixed_beta(config.reward)])}) if foretold(config.reward) else []
     shown = spread_prompts(prompts, settings.prompts)
     with progress.stage("Reward card", 3 + settings.preview, "parts") as ticker:
         demonstrations = gatherer.demonstrations(heldout)
@@ -67,12 +67,7 @@ def diagnose(
             with checkpoints.role(roles, name) as role:
                 gatherer.score(role, name, everything)
         pairs = (
-            [
-                weigh_pair(s, n, reward, demonstrations, samples[s], betas if anchored else [], fixed_beta(config.reward))
-                for s, n in open_pairs
-            ]
-            if asked
-            else []
+            [weigh_pair(s, n, reward, demonstrations, samples[s], betas, fixed_beta(config.reward)) for s, n in open_pairs] if asked else []
         )
         chosen = choose_pair(pairs)
         start, numerator = (chosen.start, chosen.numerator) if chosen else open_pairs[-1]
@@ -88,12 +83,11 @@ def diagnose(
         own = {tuple(p.ids): p for p in heldout_prompts}
         held = [own.get(tuple(ids), Prompt(list(ids), "", 0)) for ids in asked]
         groups = _groups(held, samples.get(start), base, demonstrations, shown, sft_prompts, base_prompts, decode, scorer)
-        rows = [row for group in groups for row in beta_rows(group, reward, numerator, betas if anchored else [])]
+        rows = [row for group in groups for row in beta_rows(group, reward, numerator, betas)]
         preview = []
         if settings.preview:
-            preview = preview_rows(
-                gatherer, checkpoints, groups, reward, start, numerator, decision.beta if anchored else 0.0, decode, scorer
-            )
+            beta = decision.beta if betas else 0.0
+            preview = preview_rows(gatherer, checkpoints, groups, reward, start, numerator, beta, decode, scorer, progress.note)
             ticker.advance(4)
     card = RewardCard(
         verdict="caution",

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from srppo.diagnose.evidence import Checkpoints, Gatherer, Responses, scores_of
 from srppo.diagnose.figures import Group
 from srppo.diagnose.reward_card import PreviewRow
-from srppo.errors import ModelError
+from srppo.errors import ArchitectureError
 from srppo.rewards import CoherentReward
 from srppo.scoring import Scorer
 
@@ -28,8 +28,12 @@ def preview_rows(
     beta: float,
     decode: Callable[[list[int]], str],
     scorer: Scorer | None,
+    note: Callable[[str], None],
 ) -> list[PreviewRow]:
-    """Rows for base, start, logit extrapolation at beta and weight extrapolation at ALPHA, on each group's prompts."""
+    """Rows for base, start, logit extrapolation at beta and weight extrapolation at ALPHA, on each group's prompts.
+
+    No rows of logits with beta 0; none of weights where there is no line from the base's to the start's, which `note` is told.
+    """
     few = max(2, gatherer.config.diagnose.samples // 2)
     made: list[tuple[str, list[Responses]]] = []
     prompts = [[p.ids for p in g.prompts] for g in groups]
@@ -40,38 +44,20 @@ def preview_rows(
             made.append((f"logits, beta {beta:g}", logits))
         try:
             gatherer.roles.extrapolate(PREVIEW, role, ALPHA)
-        except ModelError:  # of an SFT of another architecture: there is no line from the base's weights to its
-            return _rows(gatherer, checkpoints, groups, made, reward, numerator, decode, scorer)
-        try:
-            weights = [gatherer.sample(PREVIEW, "sft", ids, few, g.name) for g, ids in zip(groups, prompts)]
-        finally:
-            gatherer.roles.drop(PREVIEW)
-        made.append((f"weights, alpha {ALPHA:g}", weights))
-    return _rows(gatherer, checkpoints, groups, made, reward, numerator, decode, scorer)
-
-
-def _rows(
-    gatherer: Gatherer,
-    checkpoints: Checkpoints,
-    groups: Sequence[Group],
-    made: list[tuple[str, list[Responses]]],
-    reward: CoherentReward,
-    numerator: str,
-    decode: Callable[[list[int]], str],
-    scorer: Scorer | None,
-) -> list[PreviewRow]:
-    """The rows, after base and numerator have scored what was made."""
+        except ArchitectureError:
+            note("reward card: no preview by weights, as the SFT is of another architecture than the base")
+        else:
+            try:
+                weights = [gatherer.sample(PREVIEW, "sft", ids, few, g.name) for g, ids in zip(groups, prompts)]
+            finally:
+                gatherer.roles.drop(PREVIEW)
+            made.append((f"weights, alpha {ALPHA:g}", weights))
     everything = [r for _, responses in made for r in responses]
     gatherer.score("base", "base", everything)
     with checkpoints.role(gatherer.roles, numerator) as role:
         gatherer.score(role, numerator, everything)
     named = [("base", [g.base for g in groups]), ("sft", [g.samples for g in groups]), *made]
-    return [
-        _row(name, group, responses, reward, numerator, decode, scorer)
-        for i, group in enumerate(groups)
-        for name, by_group in named
-        for responses in [by_group[i]]
-    ]
+    return [_row(name, group, by_group[i], reward, numerator, decode, scorer) for i, group in enumerate(groups) for name, by_group in named]
 
 
 def _row(

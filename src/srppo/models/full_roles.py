@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from srppo.errors import ModelError
+from srppo.errors import ArchitectureError, ModelError
 from srppo.models.load import remember_config_values
 from srppo.models.modes import set_mode, undisturbed
 from srppo.models.plan import plan, share_plan
@@ -58,7 +58,7 @@ class FullRoles:
             base = self._load(None)
         weights, starts = dict(origin.named_parameters()), dict(base.named_parameters())
         if {n: p.shape for n, p in weights.items()} != {n: p.shape for n, p in starts.items()}:
-            raise ModelError(f"{source} cannot be extrapolated away from base: it is of another architecture, with other weights")
+            raise ArchitectureError(f"{source} cannot be extrapolated away from base: it is of another architecture, with other weights")
         model = copy.deepcopy(origin)
         cast_parameters(model, self._dtype)
         with torch.no_grad():

@@ -30,6 +30,7 @@ from srppo.models.tokens import SpecialTokens, check_fit, check_same_vocabulary,
 
 __all__ = ["SpecialTokens", "check_fit", "check_same_vocabulary", "load_model", "load_tokenizer", "resolve_device", "special_tokens"]
 
+_KEPT = "_srppo_config"  # the attribute of a model with its config's own values: it travels with every copy of the model
 _NOISE = ("drop", "jitter")  # parts of the names under which configs and modules keep their random regularisers
 
 
@@ -178,15 +179,15 @@ def silence_noise(model: PreTrainedModel) -> None:
             if isinstance(value, float) and value != 0.0 and any(part in key.lower() for part in _NOISE):
                 kept[where, key] = value
                 setattr(config, key, 0.0)
-    model._srppo_config = kept  # type: ignore[assignment]
+    vars(model)[_KEPT] = kept
 
 
 def remember_config_values(part: PreTrainedModel, whole: PreTrainedModel) -> None:
     """Let a part taken out of a model save the whole's original config values too."""
-    part._srppo_config = getattr(whole, "_srppo_config", {})  # type: ignore[assignment]
+    vars(part)[_KEPT] = vars(whole).get(_KEPT, {})
 
 
 def restored_config_values(model: PreTrainedModel) -> list[tuple[Any, str, float]]:
     """(config, key, value) of what silence_noise zeroed, for the saved config.json to be the original's."""
-    kept = getattr(model, "_srppo_config", {})
+    kept = vars(model).get(_KEPT, {})
     return [(model.config if where == "" else model.config.get_text_config(), key, value) for (where, key), value in kept.items()]

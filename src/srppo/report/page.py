@@ -53,8 +53,9 @@ def render(record: Record, plots: list[Plot]) -> str:
 
 
 def _subtitle(record: Record) -> str:
-    learned = record.titles != STAGES
-    return "Alignment from demonstrations and a reward model by PPO" if learned else "Alignment from demonstrations by Self-Rewarding PPO"
+    if record.learned_reward:
+        return "Alignment from demonstrations and a reward model by PPO"
+    return "Alignment from demonstrations by Self-Rewarding PPO"
 
 
 def shown(value: Any, limit: int = LONGEST) -> str:

@@ -134,9 +134,9 @@ def draw_accuracy(record: Record) -> Figure | None:
 
 
 def draw_reward(record: Record) -> Figure | None:
-    unit = "nats a response" if record.titles == STAGES else "a response"
+    unit = "a response" if record.learned_reward else "nats a response"
     figure, axes = _axes("Reward of the rollouts", "PPO iteration", unit)
-    score = "score: log π_sft − log π_base" if record.titles == STAGES else "score of the reward model"
+    score = "score of the reward model" if record.learned_reward else "score: log π_sft − log π_base"
     drawn = _line(axes, record, "ppo", "objective/scores", score, color=COLOURS[1])
     drawn |= _line(axes, record, "ppo", "objective/rlhf_reward", "score − β · KL", color=COLOURS[0], linestyle="--", fillstyle="none")
     _legend(axes)

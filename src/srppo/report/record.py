@@ -41,6 +41,11 @@ class Record:
         """What each stage is called, in the order of the tables."""
         return stage_titles((self.config.get("reward") or {}).get("kind"))
 
+    @property
+    def learned_reward(self) -> bool:
+        """Whether a reward model judged in place of the coherent reward."""
+        return (self.config.get("reward") or {}).get("kind") == "preference_model"
+
     def results(self, stage: str) -> dict[str, dict[str, Any]]:
         """{group: {"sampled", "greedy", …}} of a stage; {} where it was not evaluated."""
         found = self.summary.get(stage)

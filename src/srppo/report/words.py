@@ -82,7 +82,7 @@ def _course(record: Record) -> list[str]:
     reward, length = (_ends(record, key) for key in ("objective/scores", "completions/mean_length"))
     if reward is None or length is None:
         return []
-    unit = "nats " if record.titles == STAGES else ""
+    unit = "" if record.learned_reward else "nats "
     text = (
         f"Over {len(record.series('ppo', 'objective/scores')[0])} PPO iterations the reward went from {reward[0]:.2f} to {reward[1]:.2f} "
         f"{unit}a response and the mean length from {length[0]:.1f} to {length[1]:.1f} tokens"

@@ -1,7 +1,7 @@
 """The guard: a label-free watch over over-optimisation while PPO runs, on held-out demonstrations (ours; the paper has none).
 
-Every `guard.every` rounds it looks: held-out demonstrations' likelihood under the policy, samples of the policy on their prompts,
-and whether the reward still tells the two apart. The policy of the best look is kept; looks without a better one end PPO early.
+Every `guard.every` rounds it looks: how probable the tokens of held-out demonstrations are to the policy, samples of the policy on their
+prompts, and whether the reward still tells the two apart. The policy of the best look is kept; looks without a better one end PPO early.
 Words as in diagnose/reward_card.py: demonstration, sample, preference (AUC). Rewards and log-probabilities are nats.
 """
 
@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,6 @@ class Guard:
         self._engine, self._run, self._progress, self._preference_model = engine, run, progress, preference_model
         self._folder = run.path / "checkpoints" / CHECKPOINTS
         self._warmup = config.ppo.critic_warmup if config.ppo.baseline == "critic" else 0
-        self._theirs: Responses | None = None
 
     def due(self, round: int) -> bool:
         return round % self._config.guard.every == 0 or round == self._config.ppo.iterations
@@ -147,15 +147,12 @@ class Guard:
     def _see(self, round: int) -> Look:
         roles, config, demonstrations = self._roles, self._config, self._demonstrations
         rows, each = config.ppo.micro_batch_size, config.guard.samples
-        numerator = "reward" if roles.has("reward") else "sft"
-        if self._theirs is None:
-            said = {role: role_logprobs(roles, role, demonstrations, rows) for role in (numerator, "base")}
-            self._theirs = Responses(demonstrations, 1, said)
+        theirs, their_rewards = self._theirs
         rollout = self._sample(each)
-        scored = {role: role_logprobs(roles, role, rollout, rows) for role in sorted({numerator, "base", "sft", "policy"})}
+        scored = {role: role_logprobs(roles, role, rollout, rows) for role in sorted({self._numerator, "base", "sft", "policy"})}
         ours = Responses(rollout, each, scored)
-        rewards, same = self._rewards(ours, numerator), ours.same_as(self._theirs)
-        told = preference(self._rewards(self._theirs, numerator)[:, 0], rewards, same)
+        rewards, same = self._rewards(ours), ours.same_as(theirs)
+        told = preference(their_rewards[:, 0], rewards, same)
         told = told[~np.isnan(told)]
         mask, policy = rollout.mask, scored["policy"].double()
         told_by_policy = role_logprobs(roles, "policy", demonstrations, rows).double()
@@ -174,10 +171,26 @@ class Guard:
             heldout_probability=float(likely.mean()),
         )
 
-    def _rewards(self, responses: Responses, numerator: str) -> Floats:
+    @cached_property
+    def _theirs(self) -> tuple[Responses, Floats]:
+        """The demonstrations and PPO's rewards of them, [P, 1]: the same at every look, as the models that say them are frozen.
+
+        Not before the first look: freezing may round the SFT, and PPO's reward is the frozen one's.
+        """
+        demonstrations, rows = self._demonstrations, self._config.ppo.micro_batch_size
+        said = {role: role_logprobs(self._roles, role, demonstrations, rows) for role in (self._numerator, "base")}
+        theirs = Responses(demonstrations, 1, said)
+        return theirs, self._rewards(theirs)
+
+    @property
+    def _numerator(self) -> str:
+        """The role whose log-probability is the coherent reward's first term."""
+        return "reward" if self._roles.has("reward") else "sft"
+
+    def _rewards(self, responses: Responses) -> Floats:
         """[P, n] PPO's rewards of responses."""
         if self._preference_model is None:
-            return responses.rewards(coherent_reward(self._config.reward), numerator)
+            return responses.rewards(coherent_reward(self._config.reward), self._numerator)
         rollout = responses.rollout
         said = self._preference_model.scores(rollout, self._config.ppo.micro_batch_size)
         scores = preference_reward(self._config.reward)(said, torch.zeros(rollout.mask.shape), rollout.mask, rollout.ended).scores
@@ -234,7 +247,7 @@ class Guard:
                 f"the one of round {best_of(self.looks).round} (guard.patience); {what}"
             )
         elif 0 < kept < last:
-            self._progress.note(f"guard: held-out demonstrations were likeliest after round {kept} of {planned}; {what}")
+            self._progress.note(f"guard: the tokens of held-out demonstrations were most probable after round {kept} of {planned}; {what}")
         if kept == 0 and last > self._warmup:
             self._progress.warn(
                 "PPO did not improve on the SFT: by the guard's measure (probability of held-out demonstrations) no round was better than "
@@ -252,6 +265,6 @@ def _alarm_words(looks: Sequence[Look]) -> str:
     auc = "" if first.auc is None else f", {first.auc:.2f} in round {first.round}"
     return (
         f"over-optimisation: from round {before.round} to {now.round} the reward rose from {before.reward:.2f} to {now.reward:.2f}, "
-        f"while held-out demonstrations became less likely (a token's mean probability {criterion(before):.3f} to {criterion(now):.3f}), "
+        f"while the tokens of held-out demonstrations became less probable (mean {criterion(before):.3f} to {criterion(now):.3f}), "
         f"and the reward prefers them to the policy's samples in a share of {now.auc:.2f} of pairs{auc}"
     )

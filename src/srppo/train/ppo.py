@@ -16,7 +16,7 @@ from srppo.models.over_rollout import role_logprobs, rollout_tokens
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
 from srppo.progress import Progress
-from srppo.records import Prompt, Rollout
+from srppo.records import Experience, Prompt
 from srppo.rewards import CoherentReward, PreferenceReward
 from srppo.rollout.engine import RolloutEngine, Sampling
 from srppo.run_folder import RunFolder
@@ -29,6 +29,27 @@ from srppo.train.learner import Learner, scheduled_lr
 from srppo.train.update import update
 
 SAMPLES_KEPT = 8  # rollouts a round written to samples.jsonl
+
+
+@dataclass(frozen=True)
+class PPOSetup:
+    """What the rounds are run with, the same in all of them."""
+
+    roles: Roles
+    prompts: Sequence[Prompt]
+    config: RunConfig
+    engine: RolloutEngine
+    sampling: Sampling
+    run: RunFolder
+    progress: Progress
+    compute: Compute  # what finished rounds cost is added here
+    interrupt: Interrupt
+    decode: Callable[[list[int]], str]
+    preference_model: PreferenceModel | None = None  # judges the responses in place of the coherent reward
+
+    @property
+    def reward(self) -> CoherentReward | PreferenceReward:
+        return coherent_reward(self.config.reward) if self.preference_model is None else preference_reward(self.config.reward)
 
 
 @dataclass
@@ -48,30 +69,26 @@ class PPOState:
         return [self.policy, self.critic] if self.critic else [self.policy]
 
 
-def train_ppo(
-    roles: Roles,
-    prompts: Sequence[Prompt],
-    config: RunConfig,
-    *,
-    engine: RolloutEngine,
-    sampling: Sampling,
-    run: RunFolder,
-    progress: Progress,
-    compute: Compute,
-    interrupt: Interrupt,
-    decode: Callable[[list[int]], str],
-    evaluate: Callable[[int], dict[str, float]],
-    guard: Guard | None = None,
-    preference_model: PreferenceModel | None = None,
-) -> PPOState:
+@dataclass(frozen=True)
+class Gathered:
+    """What a round learns from."""
+
+    dealt: Sequence[Prompt]
+    judged: Judged
+    experience: Experience
+    scale: ValueScale  # the critic's units in this round
+    spent: Compute
+    clock: list[float]  # when it began, when the rollouts were there, when they were scored
+
+
+def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], guard: Guard | None = None) -> PPOState:
     """Train the role `policy` (a copy of `sft`) and the critic; both are left at their last state, the policy at the guard's choice.
 
     Resumes from checkpoints/ppo/ when that holds a checkpoint. evaluate(iteration) gives metrics to log with the round.
     guard: watches the policy and may end the rounds early; None, or a run begun by a version without it: all rounds, the last policy.
-    preference_model: judges the responses in place of the coherent reward.
     Raises Interrupted after saving, and TrainingStopped (state saved) on repeated non-finite steps.
     """
-    ppo = config.ppo
+    roles, config, run, ppo = setup.roles, setup.config, setup.run, setup.config.ppo
     folder = run.path / "checkpoints" / "ppo"
     roles.create("policy", "sft")
     learned = ppo.baseline == "critic"
@@ -86,14 +103,13 @@ def train_ppo(
     )
     steps = saved_steps(folder)
     if steps:
-        _restore(roles, state, compute, load_checkpoint(folder, steps[-1]))
+        _restore(setup, state, load_checkpoint(folder, steps[-1]))
     elif state.guard:
         state.guard.begin(None)
     run.truncate_metrics(state.iteration if steps else -1, "ppo")
-    reward = coherent_reward(config.reward) if preference_model is None else preference_reward(config.reward)
 
     def save() -> None:
-        save_checkpoint(folder, _checkpoint(roles, state, compute), ppo.keep_checkpoints)
+        save_checkpoint(folder, _checkpoint(setup, state), ppo.keep_checkpoints)
         if state.guard:
             state.guard.tidy()
 
@@ -101,17 +117,13 @@ def train_ppo(
         return state.iteration >= ppo.iterations or (state.guard is not None and state.guard.gives_up)
 
     try:
-        with progress.stage("PPO", ppo.iterations, "rounds", state.iteration) as ticker:
+        with setup.progress.stage("PPO", ppo.iterations, "rounds", state.iteration) as ticker:
             if state.guard and not state.guard.looks:  # at the SFT; a record of its own, as there is no round
                 run.log({"stage": "ppo", "step": 0, **state.guard.look(0)})
             while not over():
-                interrupt.check()
-                iteration = state.iteration + 1
-                dealt = [prompts[i] for i in deal_prompts(len(prompts), ppo.prompts_per_iteration, config.seed, iteration)]
-                metrics = _round(
-                    roles, dealt, config, sampling, reward, preference_model, state, engine, run, progress, compute, interrupt, decode
-                )
-                every = config.evaluation.every
+                setup.interrupt.check()
+                metrics = _round(setup, state)
+                iteration, every = state.iteration, config.evaluation.every
                 if every and iteration % every == 0 and iteration < ppo.iterations:
                     metrics |= evaluate(iteration)
                 if state.guard and state.guard.due(iteration):
@@ -126,7 +138,7 @@ def train_ppo(
             f"stopped after PPO round {state.iteration} of {ppo.iterations}; the state is saved: continue with --resume"
         ) from None
     except TrainingStopped as stop:
-        _save_stopped(run, roles, state, compute)
+        _save_stopped(setup, state)
         raise TrainingStopped(
             f"{stop}. The state is in {run.path / 'checkpoints/stopped'}; --resume goes on from the last checkpoint before it"
         ) from None
@@ -135,42 +147,43 @@ def train_ppo(
     return state
 
 
-def _round(
-    roles: Roles,
-    dealt: Sequence[Prompt],
-    config: RunConfig,
-    sampling: Sampling,
-    reward: CoherentReward | PreferenceReward,
-    preference_model: PreferenceModel | None,
-    state: PPOState,
-    engine: RolloutEngine,
-    run: RunFolder,
-    progress: Progress,
-    compute: Compute,
-    interrupt: Interrupt,
-    decode: Callable[[list[int]], str],
-) -> dict[str, float]:
+def _round(setup: PPOSetup, state: PPOState) -> dict[str, float]:
     """One round. Nothing changes before the update, so a stop until then leaves the state of the round before; after, it is finished."""
-    ppo, iteration = config.ppo, state.iteration + 1
+    gathered = _gather(setup, state)
+    setup.interrupt.check()
+    return _learn(setup, state, gathered)
+
+
+def _gather(setup: PPOSetup, state: PPOState) -> Gathered:
+    """The next round's rollouts, scored and made into experience."""
+    roles, config, check, ppo, iteration = setup.roles, setup.config, setup.interrupt.check, setup.config.ppo, state.iteration + 1
     clock, spent = [time.perf_counter()], Compute()  # counted when the round is finished: a stopped one is done again
-    rollout = collect(roles, engine, dealt, sampling, ppo.samples_per_prompt, config.seed, iteration, spent, lambda *_: interrupt.check())
+    dealt = [setup.prompts[i] for i in deal_prompts(len(setup.prompts), ppo.prompts_per_iteration, config.seed, iteration)]
+    rollout = collect(roles, setup.engine, dealt, setup.sampling, ppo.samples_per_prompt, config.seed, iteration, spent, lambda *_: check())
     clock.append(time.perf_counter())
-    scored = score(roles, rollout, config, spent, interrupt.check, preference_model)
+    scored = score(roles, rollout, config, spent, check, setup.preference_model)
     old = None
     if ppo.behaviour_logprobs == "recompute":
         old = role_logprobs(roles, "policy", rollout, ppo.micro_batch_size)
         spent.forward_tokens += rollout_tokens(rollout)
-    judged = judge(scored, reward, state.beta, old)
+    judged = judge(scored, setup.reward, state.beta, old)
     scale = state.scale or ValueScale.of(judged.returns[judged.reward.keep])
     experience = make_experience(scored, judged, state.beta, scale, config)
-    metrics = round_metrics(judged, experience, state.beta, scale)
-    if not experience.keep.any():
-        progress.warn(
+    clock.append(time.perf_counter())
+    return Gathered(dealt, judged, experience, scale, spent, clock)
+
+
+def _learn(setup: PPOSetup, state: PPOState, gathered: Gathered) -> dict[str, float]:
+    """Update policy and critic, and move the state to the end of the round. Returns the round's metrics."""
+    config, ppo, iteration = setup.config, setup.config.ppo, state.iteration + 1
+    judged, experience, spent, beta = gathered.judged, gathered.experience, gathered.spent, state.beta
+    rollout, trainable = experience.rollout, bool(experience.keep.any())
+    metrics = round_metrics(judged, experience, beta, gathered.scale)
+    if not trainable:
+        setup.progress.warn(
             f"iteration {iteration}: every rollout was cut at the length limit and left out (reward.missing_eos: exclude), so nothing "
             "was trained; raise rollout.max_new_tokens, or use another reward.missing_eos"
         )
-    clock.append(time.perf_counter())
-    interrupt.check()
     lr = scheduled_lr(ppo.lr_schedule, state.iteration, ppo.iterations, ppo.learning_rate)
     critic_lr = scheduled_lr(ppo.lr_schedule, state.iteration, ppo.iterations, ppo.critic_learning_rate)
     state.policy.set_lr(lr)
@@ -178,7 +191,7 @@ def _round(
         state.critic.set_lr(critic_lr)
     train_policy = state.critic is None or iteration > ppo.critic_warmup
     metrics |= update(
-        roles,
+        setup.roles,
         experience,
         state.policy,
         state.critic,
@@ -187,25 +200,24 @@ def _round(
         iteration=iteration,
         train_policy=train_policy,
         compute=spent,
-        warn=progress.warn,
+        warn=setup.progress.warn,
     )
-    clock.append(time.perf_counter())
+    clock = [*gathered.clock, time.perf_counter()]
     state.iteration = iteration
-    if experience.keep.any():  # else the next round sets the units
-        state.scale = scale
-    compute.add(spent)
+    if trainable:  # else the next round sets the units
+        state.scale = gathered.scale
+    setup.compute.add(spent)
     state.episodes += len(rollout.prompt_ids)
-    beta = state.beta
     if train_policy:
         state.beta = next_beta(config.reward, beta, metrics["objective/kl"], len(rollout.prompt_ids))
     seconds = {name: b - a for name, a, b in zip(("rollout", "score", "update"), clock, clock[1:])}
-    run.samples(iteration, _samples(dealt, judged, rollout, decode))
+    setup.run.samples(iteration, _samples(gathered, setup.decode))
     return metrics | {
         "objective/beta": beta,
         "lr": lr if train_policy else 0.0,
         **({"critic/lr": critic_lr} if state.critic else {}),
         "episode": float(state.episodes),
-        "compute/passes": float(compute.passes),
+        "compute/passes": float(setup.compute.passes),
         "tokens_per_second": float(rollout.mask.sum()) / max(sum(seconds.values()), 1e-9),
         "rollout/tokens_per_second": float(rollout.mask.sum()) / max(seconds["rollout"], 1e-9),
         **{f"timing/{name}": value for name, value in seconds.items()},
@@ -219,8 +231,9 @@ def _shown(metrics: dict[str, float]) -> dict[str, float]:
     return {k: metrics[k] for k in ("objective/scores", "objective/kl", "completions/mean_length")} | accuracy
 
 
-def _samples(dealt: Sequence[Prompt], judged: Judged, rollout: Rollout, decode: Callable[[list[int]], str]) -> list[dict[str, object]]:
+def _samples(gathered: Gathered, decode: Callable[[list[int]], str]) -> list[dict[str, object]]:
     """The first rollouts of a round, readable."""
+    dealt, judged, rollout = gathered.dealt, gathered.judged, gathered.experience.rollout
     return [
         {
             "prompt": dealt[rollout.prompt_index[row]].text,
@@ -235,7 +248,8 @@ def _samples(dealt: Sequence[Prompt], judged: Judged, rollout: Rollout, decode: 
     ]
 
 
-def _checkpoint(roles: Roles, state: PPOState, compute: Compute) -> Checkpoint:
+def _checkpoint(setup: PPOSetup, state: PPOState) -> Checkpoint:
+    roles, compute = setup.roles, setup.compute
     tensors = {"policy": roles.state("policy"), "policy-optimizer": state.policy.state()}
     if state.critic:
         tensors |= {"critic": roles.critic_state(), "critic-optimizer": state.critic.state()}
@@ -251,7 +265,8 @@ def _checkpoint(roles: Roles, state: PPOState, compute: Compute) -> Checkpoint:
     return Checkpoint(state.iteration, tensors, content)
 
 
-def _restore(roles: Roles, state: PPOState, compute: Compute, saved: Checkpoint) -> None:
+def _restore(setup: PPOSetup, state: PPOState, saved: Checkpoint) -> None:
+    roles, compute = setup.roles, setup.compute
     roles.load_state("policy", saved.tensors["policy"])
     state.policy.load_state(saved.tensors["policy-optimizer"])
     if state.critic:
@@ -269,8 +284,8 @@ def _restore(roles: Roles, state: PPOState, compute: Compute, saved: Checkpoint)
         state.guard.begin(saved.state["guard"])
 
 
-def _save_stopped(run: RunFolder, roles: Roles, state: PPOState, compute: Compute) -> None:
+def _save_stopped(setup: PPOSetup, state: PPOState) -> None:
     """After repeated non-finite steps: keep the state for inspection beside the checkpoints, which stay the way to resume."""
-    folder = run.path / "checkpoints" / "stopped"
+    folder = setup.run.path / "checkpoints" / "stopped"
     shutil.rmtree(folder, ignore_errors=True)
-    save_checkpoint(folder, _checkpoint(roles, state, compute), keep=1)
+    save_checkpoint(folder, _checkpoint(setup, state), keep=1)
