@@ -248,13 +248,13 @@ def test_once_ppo_has_begun_a_card_decides_nothing(tmp_path: Path) -> None:
 
 
 def test_a_prompt_without_room_for_an_answer_is_left_out(tmp_path: Path) -> None:
-    config = tiny_job(tmp_path, data__heldout=21, data__max_tokens=512, data__max_prompt_tokens=511, sft__steps=1, **SMALL)
+    """Of 21 rows all but one are held out, among them the long one."""
+    config = tiny_job(tmp_path, data__heldout=20, data__max_tokens=512, data__max_prompt_tokens=511, sft__steps=1, **SMALL)
     path = Path(config.data.demonstrations)
     long = {"prompt": "a" * 507 + ":", "completion": "b"}
-    path.write_text(path.read_text() * 2 + json.dumps(long) + "\n", encoding="utf-8")
-    rows = [{"prompt": f"tell {i}:", "completion": f" {i}"} for i in range(6)]
-    path.write_text(path.read_text() + "".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    assert run_diagnose(config, **QUIET)["heldout"] > 0
+    path.write_text(path.read_text() + json.dumps(long) + "\n", encoding="utf-8")
+    assert run_diagnose(config, **QUIET)["heldout"] == 19
+    assert json.loads((tmp_path / "run/data.json").read_text())["demonstrations"]["heldout"] == 20
 
 
 def test_another_anchor_has_no_predicted_gain(tmp_path: Path) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.evidence import cases, figures, run
 
 from srppo.evaluate import Answers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.evidence import cases, figures, run
 
 
 def test_the_interval_has_the_width_of_both_levels() -> None:
@@ -43,6 +39,15 @@ def test_gains_are_paired_and_losses_counted_from_what_the_base_knew() -> None:
     assert figures.each_gain(rows, "ppo/eos", "sft/light", "with_demonstrations") == [0.25, 0.25]
     assert figures.seeds_of(rows, "ppo/eos", "sft/light") == [1, 2]
     assert figures.lost(rows, "ppo/eos", "with_demonstrations").value == pytest.approx(1 / 3)  # the first of the base's three
+
+
+def test_a_gain_that_every_prompt_shares_is_certain() -> None:
+    """However much the prompts and the seeds differ: their differences do not."""
+    rows = {}
+    for seed, low, high in ((1, "0101", "1212"), (2, "1110", "2221"), (3, "0000", "1111")):
+        rows["sft/light", seed], rows["ppo/eos", seed] = row(seed, "sft/light", low, "0000"), row(seed, "ppo/eos", high, "0000")
+    found = figures.gain(rows, "ppo/eos", "sft/light", "with_demonstrations")
+    assert found.low == found.value == found.high == 0.5
 
 
 def test_answers_become_digits_in_the_order_of_their_rows() -> None:

@@ -58,7 +58,8 @@ def test_excluded_rollouts_do_not_shape_the_whitening() -> None:
 
 
 def group_of_four(last_reward: float) -> ScoredRollout:
-    """Three samples of a prompt with rewards 1, 2 and `last_reward`, the third cut, and one of another prompt; two tokens each."""
+    """Three samples of a prompt with rewards 1, 2 and `last_reward`, the third cut, and one of another prompt; two tokens each.
+    The critic foresees the returns of all but the third."""
     mask = torch.ones(4, 2).bool()
     rollout = Rollout(
         [[5]] * 3 + [[6]], [0, 0, 0, 1], torch.full((4, 2), 7), mask, torch.full((4, 2), -1.0), torch.tensor([1, 1, 0, 1]).bool()
@@ -66,7 +67,7 @@ def group_of_four(last_reward: float) -> ScoredRollout:
     base = torch.full((4, 2), -1.0)
     sft = base.clone()
     sft[:, 0] += torch.tensor([1.0, 2.0, last_reward, 50.0])
-    return ScoredRollout(rollout, sft, base, base, None, torch.zeros(4, 2))
+    return ScoredRollout(rollout, sft, base, base, None, torch.tensor([[1.0], [2.0], [-30.0], [50.0]]).repeat(1, 2))
 
 
 def test_excluded_rollouts_shape_neither_baseline_nor_the_critics_units() -> None:
@@ -80,7 +81,7 @@ def test_excluded_rollouts_shape_neither_baseline_nor_the_critics_units() -> Non
         assert ValueScale.of(judged.returns[judged.reward.keep]) == ValueScale.of(torch.tensor([1.0, 2.0, 50.0]))
         found = make_experience(rollout, judged, 0.0, ValueScale(), config)
         assert found.advantages[:, 0].tolist() == [-1.0, 1.0, 0.0, 0.0] and found.keep.tolist() == [True, True, False, True]
-        assert round_metrics(judged, found, 0.0, ValueScale())["critic/explained_variance"] == pytest.approx(0.0, abs=1e-6)
+        assert round_metrics(judged, found, 0.0, ValueScale())["critic/explained_variance"] == pytest.approx(1.0)
     assert ValueScale.of(torch.zeros(0)) == ValueScale()
 
 

@@ -6,7 +6,6 @@ import doctest
 import importlib
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,8 +23,6 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 def script(name: str) -> ModuleType:
     """A module of recipes/, imported as a scorer `recipes.<name>:function` would be."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
     return importlib.import_module(f"recipes.{name}")
 
 

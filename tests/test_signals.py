@@ -15,7 +15,7 @@ from srppo.config import dump
 from tiny_job import tiny_job
 
 PATIENCE = 240.0  # seconds for a part of a job that takes a few, on a busy machine
-ROUNDS = 6
+STEPS, ROUNDS = 200, 6  # steps of milliseconds: so many that a fast machine is not through before the signal
 
 
 def align(recipe: Path, *flags: str) -> subprocess.Popen[str]:
@@ -56,7 +56,8 @@ def finished(process: subprocess.Popen[str]) -> None:
 def test_a_run_that_was_interrupted_twice_ends_as_one_that_was_not(tmp_path: Path) -> None:
     recipes = {}
     for name in ("cut", "whole"):
-        changes = {"sft__steps": 12, "ppo__iterations": ROUNDS, "evaluation__continued_sft": False, "guard__keep": "last"}
+        training = {"sft__steps": STEPS, "sft__learning_rate": 1e-3, "ppo__iterations": ROUNDS}
+        changes = {**training, "evaluation__continued_sft": False, "guard__keep": "last"}
         config = tiny_job(tmp_path, output=str(tmp_path / name), diagnose__on_no_go="warn", diagnose__samples=2, **changes)
         recipes[name] = tmp_path / f"{name}.yaml"
         recipes[name].write_text(dump(config), encoding="utf-8")
@@ -64,7 +65,7 @@ def test_a_run_that_was_interrupted_twice_ends_as_one_that_was_not(tmp_path: Pat
 
     said = interrupted(align(recipes["cut"]), cut, "sft")
     assert "stopped after SFT step" in said and "--resume" in said and "Traceback" not in said
-    assert 0 < len(recorded(cut, "sft")) < 12 and not recorded(cut, "ppo")
+    assert 0 < len(recorded(cut, "sft")) < STEPS and not recorded(cut, "ppo")
     said = interrupted(align(recipes["cut"], "--resume"), cut, "ppo")
     assert "--resume" in said and "Traceback" not in said
     assert 0 < len(recorded(cut, "ppo")) < ROUNDS and not (cut / "summary.json").exists()
@@ -73,6 +74,6 @@ def test_a_run_that_was_interrupted_twice_ends_as_one_that_was_not(tmp_path: Pat
     finished(align(recipes["whole"]))
     weights = "policy/model.safetensors"
     assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
-    for stage, keys, count in (("sft", ("step", "loss"), 12), ("ppo", ("iteration", "objective/scores", "objective/kl"), ROUNDS)):
+    for stage, keys, count in (("sft", ("step", "loss"), STEPS), ("ppo", ("iteration", "objective/scores", "objective/kl"), ROUNDS)):
         runs = [[[r[k] for k in keys] for r in recorded(folder, stage)] for folder in (cut, whole)]
         assert len(runs[1]) == count and runs[0] == runs[1]
