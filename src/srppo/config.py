@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from srppo.errors import ConfigError
+from srppo.section import Section
 from srppo.sections import (
     DataConfig,
     DiagnoseConfig,
@@ -21,7 +22,6 @@ from srppo.sections import (
     PPOConfig,
     RewardConfig,
     RolloutConfig,
-    Section,
     SFTConfig,
     TuningConfig,
 )

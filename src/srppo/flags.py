@@ -39,7 +39,7 @@ def leaves() -> tuple[Leaf, ...]:
     from pydantic import BaseModel
 
     from srppo.config import RunConfig
-    from srppo.sections import members
+    from srppo.section import members
 
     def leaf(section: str, name: str, field: FieldInfo) -> Leaf:
         kind, types = _kind(field.annotation), frozenset(members(field.annotation))

@@ -7,48 +7,11 @@ Defaults not published for Self-Rewarding PPO (arXiv 2510.21090) are ours; metho
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
-
-def members(annotation: Any) -> set[type]:
-    """The plain types that an annotation is made of: {str, float} of `Literal["sft"] | float`, {list, str} of `list[str]`."""
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return {type(value) for value in inner}
-    own = {origin} if origin in (list, dict) else set() if inner else {annotation}
-    return own.union(*(members(a) for a in inner))
-
-
-def _texts_and_switches(value: Any) -> Iterator[str | bool]:
-    """Every string and boolean in a value, in its lists and mappings too."""
-    if isinstance(value, (str, bool)):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in [*value, *value.values()] if isinstance(value, dict) else value:
-            yield from _texts_and_switches(item)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would let pass: true as the number 1, and text that no file, path or tokenizer can hold."""
-        kinds = members(cls.model_fields[info.field_name or ""].annotation)
-        if any(issubclass(kind, Section) for kind in kinds):
-            return value  # its own keys are looked at in there
-        for found in _texts_and_switches(value):
-            if isinstance(found, bool):
-                if kinds & {int, float} and bool not in kinds:
-                    raise ValueError("Input should be a number, not true or false")
-            elif re.search("[\0\ud800-\udfff]", found):
-                raise ValueError("Input should be text, without NUL characters and undecodable bytes")
-        return value
+from srppo.section import Section
 
 
 class ModelConfig(Section):
@@ -157,7 +120,7 @@ class SFTConfig(Section):
     """AdamW's epsilon."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
-    checkpoints_at: list[float] = [0.25, 0.5, 1.0]
+    checkpoints_at: list[float] = Field(default=[0.25, 0.5, 1.0])
     """Shares of the training after which the model is kept, as candidates for `keep` and `reward.checkpoint`."""
     keep: Literal["auto", "best", "last"] | float = "auto"
     """The checkpoint PPO starts from: the reward card's choice (auto; the last one where no card is made), the lowest held-out loss,
@@ -330,7 +293,7 @@ class DiagnoseConfig(Section):
     """PPO prompts it looks at, at most; 0: none."""
     samples: int = Field(default=8, ge=2)
     """Samples of the SFT model a prompt; the more, the further past the SFT the card can see."""
-    betas: list[float] = [0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0]
+    betas: list[float] = Field(default=[0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0])
     """The KL coefficients whose effect it estimates, and among which it suggests one."""
     preview: bool = True
     """Show where PPO is heading by two extrapolations that need no training."""
