@@ -1,4 +1,4 @@
-"""The whole job on tiny models: what must hold for every architecture, both tunings, any cut into micro-batches, and across a stop."""
+"""The whole job on tiny models: what must hold for every architecture, both tunings, and any cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -19,28 +19,9 @@ from srppo.errors import ConfigError, DataError, ModelError, RunFolderError, Tra
 from srppo.models.roles import Roles
 from srppo.progress import make_progress
 from srppo.records import TokenBatch
-from srppo.train import continued as continued_module
 from srppo.train import ppo as ppo_module
-from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
-from tiny_job import StopAt, tiny_job, write_rows
+from tiny_job import metrics, run, tiny_job, weights, write_rows
 from tiny_models import ARCHITECTURES
-
-
-def run(config: Any, **options: Any) -> dict[str, Any]:
-    return srppo.align(config, progress=make_progress("quiet"), **options)
-
-
-def metrics(folder: str | Path, stage: str = "ppo") -> list[dict[str, Any]]:
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["stage"] == stage and ("iteration" in r or "loss" in r)]
-
-
-def without_clock(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if not k.startswith("timing/") and "tokens_per_second" not in k and k != "time"} for r in records]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next(f for f in folder.glob("*.safetensors") if "value_head" not in f.name))
 
 
 @pytest.fixture
@@ -111,57 +92,6 @@ def test_micro_batches_change_nothing(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_stopped_run_resumes_exactly(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tiny_job(tmp_path, "llama", kind, output=str(tmp_path / "whole"), reward__kl_target=0.5)
-    run(whole)
-    broken = tiny_job(tmp_path, "llama", kind, output=str(tmp_path / "broken"), reward__kl_target=0.5)
-    stops = 0
-    for at in (8, 25, 40):  # in SFT, in a rollout, in a later round
-        monkeypatch.setattr("srppo.workspace.Interrupt", lambda at=at: StopAt(at))
-        try:
-            run(broken, resume=stops > 0)
-        except Interrupted as stop:
-            assert stop.exit_code == 130 and "--resume" in str(stop)
-            stops += 1
-    monkeypatch.setattr("srppo.workspace.Interrupt", Interrupt)
-    run(broken, resume=True)
-    assert stops >= 2
-    for part in ("sft", "policy", "critic"):
-        one, other = weights(tmp_path / "whole" / part), weights(tmp_path / "broken" / part)
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    for stage in ("sft", "ppo"):
-        assert without_clock(metrics(whole.output, stage)) == without_clock(metrics(broken.output, stage))
-    one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "broken"))
-    assert one["srppo"] == other["srppo"] and one["compute"] == other["compute"]
-
-
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("heldout", [4, 0])
-def test_stopped_continued_sft_resumes_exactly(kind: str, heldout: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With held-out demonstrations the best state so far is saved too; without, the last one is what counts."""
-    changes: dict[str, Any] = {"data__heldout": heldout, "sft__learning_rate": 1e-3, "diagnose__enabled": False, "guard__every": 0}
-    whole, broken = (tiny_job(tmp_path, "llama", kind, output=str(tmp_path / name), **changes) for name in ("whole", "broken"))
-    run(whole)
-    inner = continued_module.train_supervised
-    for at in (3, 4):
-
-        def stopping(*args: Any, at: int = at, **options: Any) -> None:
-            inner(*args, **(options | {"interrupt": StopAt(at)}))
-
-        monkeypatch.setattr(continued_module, "train_supervised", stopping)
-        with pytest.raises(Interrupted, match=r"stopped after step \d of \d+ of continued SFT"):
-            run(broken, resume=(tmp_path / "broken").exists())
-    monkeypatch.setattr(continued_module, "train_supervised", inner)
-    run(broken, resume=True)
-    one, other = (weights(tmp_path / name / "sft_continued") for name in ("whole", "broken"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert without_clock(metrics(whole.output, "sft_continued")) == without_clock(metrics(broken.output, "sft_continued"))
-    ends = [json.loads((tmp_path / name / "stages/sft_continued.json").read_text()) for name in ("whole", "broken")]
-    assert {k: v for k, v in ends[0].items() if k != "seconds"} == {k: v for k, v in ends[1].items() if k != "seconds"}
-    assert ends[0]["trained_steps"] > 5 and not (tmp_path / "broken/checkpoints/sft_continued").exists()
-
-
-@pytest.mark.parametrize("kind", ["full", "lora"])
 def test_recomputed_log_probabilities_make_the_first_ratio_one(kind: str, tmp_path: Path) -> None:
     """In bfloat16 the engine and the trainer differ, so the engine's word would not; what it costs is counted."""
     passes = {}
@@ -179,15 +109,6 @@ def test_recomputed_log_probabilities_make_the_first_ratio_one(kind: str, tmp_pa
             assert record["policy/approxkl_avg"] > 1e-9
     tokens = [json.loads(line)["length"] for line in (tmp_path / "rollout/samples.jsonl").read_text().splitlines()]
     assert passes["recompute"] - passes["rollout"] >= sum(tokens)
-
-
-def test_a_finished_run_resumes_to_the_same_summary(tmp_path: Path) -> None:
-    config = tiny_job(tmp_path)
-    first = run(config)
-    again = run(config, resume=True)
-    assert {k: v for k, v in first.items() if k in ("base", "sft", "srppo", "sft_continued")} == {
-        k: v for k, v in again.items() if k in ("base", "sft", "srppo", "sft_continued")
-    }
 
 
 def test_repeated_non_finite_steps_stop_the_run_and_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,23 +235,6 @@ def test_recomputed_activations_change_nothing(kind: str, tmp_path: Path) -> Non
         torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=3e-5)
 
 
-def test_a_stop_while_scoring_counts_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, broken = (tiny_job(tmp_path, output=str(tmp_path / name)) for name in ("whole", "broken"))
-    first = run(whole)
-    inner, calls = ppo_module.score, []
-
-    def stopping(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise StopRequested
-        return inner(*args)
-
-    monkeypatch.setattr(ppo_module, "score", stopping)
-    with pytest.raises(Interrupted):
-        run(broken)
-    assert run(broken, resume=True)["compute"] == first["compute"]
-
-
 def test_a_finished_run_is_evaluated_again_by_other_settings(tmp_path: Path) -> None:
     config = tiny_job(tmp_path)
     before = run(config)
@@ -406,18 +310,3 @@ def test_frozen_roles_in_lower_precision(tmp_path: Path) -> None:
     if continued["kept_step"] == 0:  # nothing better was found: it must be the SFT model, unrounded
         one, other = weights(Path(config.output) / "sft"), weights(Path(config.output) / "sft_continued")
         assert all(torch.equal(one[n], other[n]) for n in one)
-
-
-def test_critic_free_runs_resume_exactly_and_write_no_critic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, broken = (tiny_job(tmp_path, output=str(tmp_path / name), ppo__baseline="group") for name in ("whole", "broken"))
-    run(whole)
-    monkeypatch.setattr("srppo.workspace.Interrupt", lambda: StopAt(25))
-    with pytest.raises(Interrupted):
-        run(broken)
-    monkeypatch.setattr("srppo.workspace.Interrupt", Interrupt)
-    run(broken, resume=True)
-    one, other = (weights(tmp_path / name / "policy") for name in ("whole", "broken"))
-    assert all(torch.equal(one[n], other[n]) for n in one)
-    assert not (tmp_path / "whole/critic").exists() and "loss/value_avg" not in metrics(whole.output)[-1]
-    with pytest.raises(ConfigError, match="samples_per_prompt"):
-        tiny_job(tmp_path, ppo__baseline="group", ppo__samples_per_prompt=1)

@@ -1,149 +1,23 @@
-"""The report: what it says of a made-up run whose answer is known, and that it says something true of a broken or hostile one."""
+"""The report: what it says of a made-up run whose answer is known."""
 
 from __future__ import annotations
 
 import json
 import math
-import random
 import re
 import shutil
 import struct
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from srppo.config import build, dump
-from srppo.errors import RunFolderError
-from srppo.report import plots, write_report
+from srppo.report import write_report
 from srppo.report.compare import difference
 from srppo.report.page import render
-from srppo.report.plots import draw_all, draw_stages
 from srppo.report.record import read_run
 from srppo.report.words import findings, warnings
-from srppo.run_folder import RunFolder
-
-GROUPS = ("with_demonstrations", "without_demonstrations")
-ACCURACY = {"base": (0.31, 0.30), "sft": (0.85, 0.59), "sft_continued": (0.97, 0.65), "srppo": (0.93, 0.74)}
-GREEDY = {"base": (0.9, 0.93), "sft": (0.95, 0.9), "sft_continued": (0.98, 0.78), "srppo": (0.96, 0.82)}
-PROMPTS = 200
-
-
-def answer_rows(stage: str, prompts: int = PROMPTS) -> list[dict[str, Any]]:
-    """Evaluation answers of which exactly round(accuracy * prompts) are right in each group."""
-    rows = []
-    for g, group in enumerate(GROUPS):
-        order = list(range(prompts))
-        random.Random(g).shuffle(order)  # the same prompts are easy for every stage, as in a real run
-        right = set(order[: round(ACCURACY[stage][g] * prompts)])
-        greedy = set(order[: round(GREEDY[stage][g] * prompts)])
-        for i in range(prompts):
-            rows.append(
-                {
-                    "group": group,
-                    "row": i,
-                    "prompt": f"reverse: w{i} =",
-                    "sampled": [f"{i}w" if i in right else f"w{i} and then"],
-                    "sampled_scores": [float(i in right)],
-                    "greedy": f"{i}w",
-                    "greedy_score": float(i in greedy),
-                    "lengths": [4],
-                }
-            )
-    return rows
-
-
-def write_run(path: Path, *, stages: tuple[str, ...] = tuple(ACCURACY), iterations: int = 25, answers: bool = True) -> Path:
-    """A run folder as a finished run leaves it, with figures like those of the small world."""
-    config = build({"model": {"name": "tiny"}, "data": {"demonstrations": "d.jsonl"}, "output": str(path), "evaluation": {"every": 5}})
-    rng = random.Random(0)
-    with RunFolder.open(path, dump(config)) as run:
-        run.write_json("data.json", {"demonstrations": {"train": 64, "held out": 16, "tokens": {"mean": 21.5, "max": 40}}, "dropped": []})
-        for step in range(1, 61):
-            run.log({"stage": "sft", "step": step, "loss": 2 * math.exp(-step / 20) + 0.3 + 0.05 * rng.random(), "lr": 1e-4})
-            if step % 15 == 0:
-                run.log({"stage": "sft", "step": step, "heldout_nll": 2 * math.exp(-step / 18) + 0.4})
-        for k in range(1, iterations + 1):
-            record = {
-                "objective/scores": 3 + 0.15 * k + 0.2 * rng.random(),
-                "objective/rlhf_reward": 3 + 0.1 * k + 0.2 * rng.random(),
-                "objective/kl": 0.03 * k + 0.02 * rng.random(),
-                "completions/mean_length": 9 + 0.02 * k + 0.2 * rng.random(),
-                "completions/clipped_ratio": 0.01,
-                "reward_length_correlation": 0.1,
-            }
-            if k % 5 == 0:
-                record |= {f"eval/{g}/sampled": ACCURACY["sft"][i] + 0.006 * k for i, g in enumerate(GROUPS)}
-                record |= {f"eval/{g}/greedy": 0.9 for g in GROUPS}
-            run.log({"stage": "ppo", "iteration": k, **record})
-            rows = [
-                {
-                    "prompt": f"reverse: ab{j} =",
-                    "response": f" {j}ba",
-                    "group": GROUPS[0],
-                    "score": 3.1,
-                    "kl": 0.2,
-                    "length": 5,
-                    "ended": True,
-                }
-                for j in range(8)
-            ]
-            run.samples(k, rows)
-        for step in range(1, 121):
-            run.log({"stage": "sft_continued", "step": step, "loss": 0.3 * math.exp(-step / 60) + 0.2})
-        summary: dict[str, Any] = {"seed": 0, "wall_seconds": 131.0, "peak_rss_mb": 812.0, "versions": {"srppo": "0.1.0"}}
-        for stage in stages:
-            summary[stage] = {
-                g: {
-                    "sampled": ACCURACY[stage][i],
-                    "sampled_low": ACCURACY[stage][i] - 0.05,
-                    "sampled_high": ACCURACY[stage][i] + 0.05,
-                    "greedy": GREEDY[stage][i],
-                    "greedy_low": GREEDY[stage][i] - 0.03,
-                    "greedy_high": GREEDY[stage][i] + 0.03,
-                    "mean_length": 9.3,
-                    "eos_rate": 0.99,
-                    "n": PROMPTS,
-                    "samples": 1,
-                }
-                for i, g in enumerate(GROUPS)
-            }
-            if answers:
-                (path / "evaluation").mkdir(exist_ok=True)
-                (path / "evaluation" / f"{stage}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in answer_rows(stage)))
-        summary |= {
-            "heldout_nll": dict.fromkeys(stages, 0.5),
-            "lost_and_gained": {s: {g: {"lost": 0.04, "gained": 0.2, "base_right": 180.0} for g in GROUPS} for s in stages if s != "base"},
-            "forgetting": {s: {"nats_per_token": 0.12, "nats_per_response": 1.1, "n": 32.0} for s in stages},
-        }
-        run.write_json("summary.json", summary)
-    return path
-
-
-class Page(HTMLParser):
-    """Tags, and the text between them."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def page_of(run: Path) -> Page:
-    """Without the plots, which take longest."""
-    return Page(render(read_run(run), []))
-
-
-def text_of(run: Path) -> str:
-    return " ".join(page_of(run).text.split())
+from tiny_report import GROUPS, PROMPTS, Page, text_of, write_run
 
 
 @pytest.fixture(scope="module")
@@ -262,94 +136,3 @@ def test_warnings(run: Path, change: dict[str, Any], expected: str) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert any(expected in w for w in warnings(read_run(run)))
     assert expected in text_of(run)
-
-
-# --- partial, damaged, hostile
-
-
-def test_run_that_has_just_begun(tmp_path: Path) -> None:
-    RunFolder.open(tmp_path / "run", dump(build({}))).close()
-    text = " ".join(Page(write_report(tmp_path / "run").read_text()).text.split())
-    assert "This run is not complete" in text and "summary.json: the summary" in text and "no evaluation of SRPPO" in text
-    assert "There is nothing to compare yet" in text
-    assert not list((tmp_path / "run" / "plots").iterdir())
-
-
-def test_unfinished_run_shows_its_finished_evaluations(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", stages=("base", "sft"))
-    summary = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").unlink()
-    (run / "stages").mkdir()
-    for stage in ("base", "sft"):
-        (run / "stages" / f"evaluate-{stage}.json").write_text(json.dumps({"groups": summary[stage], "heldout_nll": 0.5}))
-    text = text_of(run)
-    assert "85.0 %" in text and "0.500" in text and "no evaluation of SRPPO" in text and "no evaluation of SFT" not in text
-
-
-@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "data.json", "summary.json", "metrics.jsonl", "samples.jsonl"])
-@pytest.mark.parametrize("content", [None, b"{\xff broken: [\n{}\n", b"[]", b"", b"null\n"])
-def test_any_file_missing_or_damaged(run: Path, name: str, content: bytes | None) -> None:
-    if content is None and name == "config.yaml":
-        pytest.skip("then it is no run folder")
-    (run / name).unlink() if content is None else (run / name).write_bytes(b"# srppo run\n" * (name == "config.yaml") + content)
-    record = read_run(run)
-    assert "srppo" in render(record, [])
-    if name not in ("config.yaml",) and content not in (b"[]", b"null\n"):
-        assert any(name in line for line in record.missing)
-
-
-def test_stages_without_a_scorer(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", answers=False)
-    summary = json.loads((run / "summary.json").read_text())
-    for stage in ACCURACY:
-        for result in summary[stage].values():
-            result |= dict.fromkeys(("sampled", "sampled_low", "sampled_high", "greedy", "greedy_low", "greedy_high"))
-    (run / "summary.json").write_text(json.dumps(summary))
-    text = text_of(run)
-    assert "There is nothing to compare yet" in text and "99.0 %" in text
-    assert draw_stages(read_run(run)) is None
-
-
-def test_not_a_run_folder(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="not a run folder"):
-        write_report(tmp_path)
-
-
-def test_hostile_text_stays_text(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attack = "<script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J\x00{{ 7 * 7 }}'\"&\u202e"
-    rows = [
-        {"group": attack, "row": 0, "prompt": attack, "sampled": [attack], "sampled_scores": [1.0], "greedy": attack, "greedy_score": 0.0}
-    ]
-    for stage in ACCURACY:
-        (run / "evaluation" / f"{stage}.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    summary = json.loads((run / "summary.json").read_text())
-    for stage in ACCURACY:
-        summary[stage] = {attack: summary[stage][GROUPS[0]], "$\\frac{1}$": summary[stage][GROUPS[1]]}
-    summary["warnings"] = [attack]
-    (run / "summary.json").write_text(json.dumps(summary))
-    (run / "data.json").write_text(json.dumps({attack: attack}))
-    with RunFolder.existing(run) as folder:
-        folder.samples(99, [{"prompt": attack, "response": attack, "score": attack}])
-        folder.log({"stage": "ppo", "iteration": 2, f"eval/{attack}/sampled": 0.5})
-    monkeypatch.setattr(plots, "PLOTS", {name: plots.PLOTS[name] for name in ("stages", "accuracy")})  # those that show group names
-    assert [p.name for p in draw_all(read_run(run))] == ["stages", "accuracy"]
-    page = page_of(run)
-    assert {t for t, _ in page.tags}.isdisjoint({"script"})
-    assert all(str(a.get("src", "data:")).startswith("data:") and not any(k.startswith("on") for k in a) for _, a in page.tags)
-    assert "{{ 7 * 7 }}" in page.text and "<script>alert(1)</script>" in page.text
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", page.text)
-
-
-def test_long_texts_are_cut_and_said_so(run: Path) -> None:
-    with RunFolder.existing(run) as folder:
-        folder.samples(99, [{"prompt": "p", "response": "y" * 100_000}])
-    assert "… (98500 characters more)" in text_of(run)
-
-
-def test_many_groups_are_drawn(run: Path) -> None:
-    summary = json.loads((run / "summary.json").read_text())
-    for stage in ACCURACY:
-        summary[stage] = {f"task_{i}": summary[stage][GROUPS[0]] for i in range(20)}
-    (run / "summary.json").write_text(json.dumps(summary))
-    assert draw_stages(read_run(run)) is not None
-    assert "task 19" in text_of(run)

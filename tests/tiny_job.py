@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
+import srppo
 from srppo.config import RunConfig, build, merge
+from srppo.progress import make_progress
 from srppo.train.interrupt import Interrupt
 from tiny_models import save_tiny
 
@@ -59,3 +64,20 @@ class StopAt(Interrupt):
         self.left -= 1
         self.requested = self.left <= 0
         super().check()
+
+
+def run(config: Any, **options: Any) -> dict[str, Any]:
+    return srppo.align(config, progress=make_progress("quiet"), **options)
+
+
+def metrics(folder: str | Path, stage: str = "ppo") -> list[dict[str, Any]]:
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["stage"] == stage and ("iteration" in r or "loss" in r)]
+
+
+def without_clock(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if not k.startswith("timing/") and "tokens_per_second" not in k and k != "time"} for r in records]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(f for f in folder.glob("*.safetensors") if "value_head" not in f.name))
