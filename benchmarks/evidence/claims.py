@@ -82,7 +82,7 @@ def _scarce(rows: Rows) -> Answer:
 
 
 def _longer(rows: Rows) -> Answer:
-    """How much more the rollouts grow under token placement than under EOS placement, over the seeds."""
+    """How much the rollouts grow under token placement, and how much more than under EOS placement, over the seeds."""
 
     def growth(name: str, seed: int) -> float:
         length = rows[name, seed]["curves"]["length"]
@@ -92,7 +92,9 @@ def _longer(rows: Rows) -> Answer:
     each = {name: [growth(name, seed) for seed in seeds] for name in ("ppo/token", "ppo/eos")}
     apart = estimate([np.array([t - e]) for t, e in zip(*each.values())])
     means = " and ".join(f"{100 * float(np.mean(found)):+.0f} %" for found in each.values())
-    return f"{means}; apart {apart.points()}".replace("-", "−"), VERDICTS[apart.sign]
+    grown = estimate([np.array([t]) for t in each["ppo/token"]])
+    verdict = VERDICTS[apart.sign] if grown.sign > 0 else "does not arise: with neither do they grow"
+    return f"{means}; apart {apart.points()}".replace("-", "−"), verdict
 
 
 CLAIMS = (
@@ -106,7 +108,8 @@ CLAIMS = (
         (*FEW, *MANY),
         _scarce,
     ),
-    against("outperforms SFT of the same compute", EXPERIMENTS, "continued SFT, without demonstrations", "ppo/eos", "continued/eos"),
+    against("outperforms SFT of the same compute", EXPERIMENTS, "continued SFT, with demonstrations", "ppo/eos", "continued/eos", WITH),
+    against("… beyond the demonstrations", EXPERIMENTS, "continued SFT, without demonstrations", "ppo/eos", "continued/eos"),
     against("outperforms SFT at a low learning rate", EXPERIMENTS, "a tenth of the rate, without demonstrations", "ppo/eos", "sft/low-lr"),
     against(
         "works with minimal overlap of demonstrations and prompts",
@@ -118,7 +121,7 @@ CLAIMS = (
     Claim(
         "the reward at EOS avoids the length bias of token rewards",
         EXPERIMENTS,
-        "growth of the rollouts over PPO: token and EOS placement, short answers",
+        "growth of the rollouts over PPO: token and EOS placement; answers of 4 to 5 tokens can hardly show it",
         ("ppo/token", "ppo/eos"),
         _longer,
     ),
