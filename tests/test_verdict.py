@@ -58,7 +58,7 @@ LOSING: dict[str, Any] = {"decision": deciding(LOSS), "spreads": [spread("held-o
         ({"spreads": [spread("held-out", mean=-5.0, tail=-1.0), spread("other", mean=-4.0, tail=0.5)]}, "go", "prefers"),
         ({"preferences": []}, "caution", "no held-out demonstrations"),
         (LOSING, "no-go", "Even at the best beta, 1, PPO would not make .* no smaller on other prompts"),
-        (LOSING | {"decision": deciding(LOSS, automatic=False)}, "no-go", "At the recipe's beta, 1"),
+        (LOSING | {"decision": deciding(LOSS, automatic=False)}, "no-go", "At beta 1 PPO would not"),
         ({"decision": deciding(LOSS)}, "caution", "but the reward is smaller on other prompts"),
         ({"decision": deciding(LOSS), "spreads": [spread("held-out", tail=-1.0), spread("other", tail=0.5)]}, "no-go", "Even at the best"),
         (

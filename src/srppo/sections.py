@@ -13,6 +13,8 @@ from pydantic import Field, field_validator
 
 from srppo.section import Section
 
+SMALLEST = 1e-6  # KL coefficient that the logit extrapolation, 1 / beta, can be computed with in float32
+
 
 class ModelConfig(Section):
     name: str = ""
@@ -162,8 +164,8 @@ class RewardConfig(Section):
     kl_anchor: Literal["sft", "base", "none"] = "sft"
     """The model the policy is held near."""
     kl_coef: Literal["auto"] | float = "auto"
-    """beta: the reward card's choice (auto; 1 where no card is made, .05 for a preference model), or a number. With anchor sft the
-    optimum is pi_sft (pi_sft / pi_base)^(1/beta): smaller extrapolates further past the SFT."""
+    """beta: the reward card's choice (auto; 1 where no card is made, .05 for a preference model), or a number: 0, or 1e-6 and above. With
+    anchor sft the optimum is pi_sft (pi_sft / pi_base)^(1/beta): smaller extrapolates further past the SFT."""
     kl_target: float | None = Field(default=None, gt=0)
     """Adapt beta so that the KL to the anchor, in nats a response, approaches this target."""
     kl_horizon: int = Field(default=1000, ge=1)
@@ -179,8 +181,8 @@ class RewardConfig(Section):
     @field_validator("kl_coef")
     @classmethod
     def _not_negative(cls, value: float | str) -> float | str:
-        if not isinstance(value, str) and value < 0:
-            raise ValueError("Input should be auto, 0 or above")
+        if not isinstance(value, str) and value != 0 and value < SMALLEST:
+            raise ValueError(f"Input should be auto, 0 or above; what is not 0 at least {SMALLEST:g}, below which r / beta overflows")
         return value
 
     @field_validator("checkpoint", mode="before")
@@ -301,8 +303,8 @@ class DiagnoseConfig(Section):
     @field_validator("betas")
     @classmethod
     def _above_zero(cls, value: list[float]) -> list[float]:
-        if not value or min(value) <= 0:
-            raise ValueError("Input should be one or more numbers above 0")
+        if not value or min(value) < SMALLEST:
+            raise ValueError(f"Input should be one or more numbers above 0, at least {SMALLEST:g}")
         return sorted(set(value))
 
 

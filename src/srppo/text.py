@@ -36,6 +36,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def counted(n: int, noun: str) -> str:
+    """1 prompt, 2 prompts."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """0.7312 as 73.1 %; a dash for None."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"

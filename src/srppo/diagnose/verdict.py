@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 
 from srppo.diagnose.reward_card import BetaRow, Estimate, Preference, RewardCard, RewardSpread, Verdict
+from srppo.text import counted
 
 FEW = 12  # held-out prompts below which nothing is sure
+SPAN = 3  # prompts from which an interval says anything
 TELLING = 5  # of them, on which a sample differs from the demonstration: below it the AUC alone stops nothing
 LENGTH_RANK, LENGTH_CHANGE = 0.5, 1.25
 EOS_SHARE = 0.5
@@ -47,7 +49,8 @@ def _discrimination(card: RewardCard) -> list[Finding]:
                 "Every sample of the SFT model says what the held-out demonstrations say: on prompts like these nothing is left to gain.",
             )
         ]
-    figures = f"in {100 * auc.value:.0f} % of the cases ({100 * auc.low:.0f} to {100 * auc.high:.0f} %, {auc.n} prompts; chance is 50 %)"
+    span = f"{100 * auc.low:.0f} to {100 * auc.high:.0f} %, " if auc.n >= SPAN else ""
+    figures = f"in {100 * auc.value:.0f} % of the cases ({span}{counted(auc.n, 'prompt')}; chance is 50 %)"
     if auc.high < 0.5 and auc.n >= TELLING:
         return [
             (
@@ -72,10 +75,10 @@ def _gain(card: RewardCard) -> list[Finding]:
     found = _against_sft(card)
     if gain.value is None or gain.low is None or gain.high is None or found is None or found.auc.value is None:
         return []  # where every sample is the demonstration, the gain is 0 but for rounding
-    figures = f"{gain.value:+.2f} nats a response ({gain.low:+.2f} to {gain.high:+.2f})"
+    figures = f"{gain.value:+.2f} nats a response" + (f" ({gain.low:+.2f} to {gain.high:+.2f})" if gain.n >= SPAN else "")
     if gain.value <= 0:
-        chosen = "Even at the best beta" if "reward.kl_coef" in card.decision.automatic else "At the recipe's beta"
-        words = f"{chosen}, {beta:g}, PPO would not make held-out demonstrations likelier: {figures}"
+        chosen = f"Even at the best beta, {beta:g}," if "reward.kl_coef" in card.decision.automatic else f"At beta {beta:g}"
+        words = f"{chosen} PPO would not make held-out demonstrations likelier: {figures}"
         row = _row_at(card, "held-out")
         if row is not None and row.match is not None and row.match_gain is not None and row.match_gain >= MATCHES_MORE:
             before, after = 100 * (row.match - row.match_gain), 100 * row.match
@@ -115,8 +118,8 @@ def _scores(gains: Mapping[str, Estimate], beta: float) -> list[Finding]:
         value, low, high = (100 * (x or 0.0) for x in (gain.value, gain.low, gain.high))
         verdict: Verdict = "no-go" if high < 0 else "caution" if value <= 0 else "go"
         how = {"no-go": "worse", "caution": "no better", "go": "better" if low > 0 else "perhaps better"}[verdict]
-        figures = f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
-        out.append((verdict, f"By the scoring function, PPO at beta {beta:g} would answer {how} on {group}: {figures}."))
+        figures = f"{value:+.1f} points" + (f" ({low:+.1f} to {high:+.1f})" if gain.n >= SPAN else "")
+        out.append((verdict, f"By the scoring function, PPO at beta {beta:g} would answer {how} on {_called(group)}: {figures}."))
     return out
 
 
@@ -143,11 +146,16 @@ def _length(card: RewardCard) -> list[Finding]:
                 (
                     "caution",
                     f"Length bias: among samples to one prompt the reward goes with length (rank correlation {rank:+.2f}), and PPO at beta "
-                    f"{row.beta:g} would make responses {word} on {group} ({start.length:.1f} to {row.length:.1f} tokens). "
+                    f"{row.beta:g} would make responses {word} on {_called(group)} ({start.length:.1f} to {row.length:.1f} tokens). "
                     "If that is not wanted: reward.length_normalization, token_shift or token_clip.",
                 )
             )
     return out
+
+
+def _called(group: str) -> str:
+    """A group of prompts in a sentence, as the tables call it."""
+    return "all prompts" if group == "all" else group.replace("_", " ")
 
 
 def _row_at(card: RewardCard, group: str) -> BetaRow | None:
@@ -166,7 +174,12 @@ def _ending(card: RewardCard) -> list[Finding]:
         )
     for s in card.spreads:
         if s.author == "sft" and s.ends < ENDS and s.n:
-            out.append(("caution", f"Only {100 * s.ends:.0f} % of the SFT model's samples on {s.group} end before rollout.max_new_tokens."))
+            out.append(
+                (
+                    "caution",
+                    f"Only {100 * s.ends:.0f} % of the SFT model's samples on {_called(s.group)} end before rollout.max_new_tokens.",
+                )
+            )
     return out
 
 
@@ -177,11 +190,12 @@ def _shift(card: RewardCard) -> list[Finding]:
         return []
     out: list[Finding] = []
     for s in others:
+        on = _called(s.group)
         if own.mean > 0 and s.mean < NOTHING * own.mean:
             out.append(
                 (
                     "caution",
-                    f"On {s.group} the SFT model's samples earn {s.mean:.2f} nats, on prompts like the demonstrations {own.mean:.2f}: "
+                    f"On {on} the SFT model's samples earn {s.mean:.2f} nats, on prompts like the demonstrations {own.mean:.2f}: "
                     "fine-tuning hardly changed how it answers there, so the reward has little to say.",
                 )
             )
@@ -189,7 +203,7 @@ def _shift(card: RewardCard) -> list[Finding]:
             out.append(
                 (
                     "caution",
-                    f"On {s.group} the best-paid samples earn more ({s.quantiles[-1]:.1f} nats) than on prompts like the demonstrations "
+                    f"On {on} the best-paid samples earn more ({s.quantiles[-1]:.1f} nats) than on prompts like the demonstrations "
                     f"({own.quantiles[-1]:.1f}): the reward is surest where nothing was shown, which a longer SFT brings about.",
                 )
             )
@@ -198,5 +212,7 @@ def _shift(card: RewardCard) -> list[Finding]:
 
 def _size(card: RewardCard) -> list[Finding]:
     if 0 < card.heldout < FEW:
-        return [("caution", f"Only {card.heldout} held-out demonstrations: every figure here is rough. data.heldout takes more.")]
+        return [
+            ("caution", f"Only {counted(card.heldout, 'held-out demonstration')}: every figure here is rough. data.heldout takes more.")
+        ]
     return []

@@ -31,7 +31,12 @@ def part(card: Row, key: str) -> Row:
 
 def real(value: Any) -> float | None:
     """A finite number, or None."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
 
 
 def line(value: Any, limit: int = 60) -> str:
@@ -56,7 +61,7 @@ def checkpoint(name: Any, brief: bool = False) -> str:
         return "SFT" if brief else "the SFT model"
     if text == "reward":
         return "another model" if brief else "another model (the recipe's reward.checkpoint)"
-    if done == text or not done.replace(".", "", 1).isdigit():
+    if done == text or not done.replace(".", "", 1).isdecimal():
         return text
     return f"SFT at {percent(float(done), 0)}" if brief else f"the SFT checkpoint at {percent(float(done), 0)} of its training"
 

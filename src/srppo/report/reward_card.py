@@ -12,7 +12,7 @@ from typing import Any
 from srppo.report import card_tables as tables
 from srppo.report.card_tables import Table
 from srppo.report.card_words import NONE, Row, author, checkpoint, estimate, group, items, line, nats, part, plain_number, real
-from srppo.text import clean, percent
+from srppo.text import clean, counted, percent
 
 PROMPTS_SHOWN = 24  # heat maps of so many prompts
 TOKENS_SHOWN = 400  # of one response
@@ -43,8 +43,12 @@ def reasons_of(card: Row) -> list[str]:
 
 
 def basis_of(card: Row) -> str:
-    heldout, prompts, samples = (NONE if (n := real(card.get(k))) is None else f"{n:.0f}" for k in ("heldout", "prompts", "samples"))
-    return f"It rests on {heldout} held-out demonstrations (never trained on) and {prompts} PPO prompts, {samples} samples each."
+    def many(key: str, noun: str) -> str:
+        n = real(card.get(key))
+        return f"{NONE} {noun}s" if n is None else counted(round(n), noun)
+
+    heldout, prompts, samples = many("heldout", "held-out demonstration"), many("prompts", "PPO prompt"), many("samples", "sample")
+    return f"It rests on {heldout} (never trained on) and {prompts}, {samples} each."
 
 
 def choice_of(card: Row) -> str:
@@ -56,6 +60,9 @@ def choice_of(card: Row) -> str:
         return "the card's choice" if isinstance(automatic, list) and key in automatic else "set in the recipe"
 
     gain = estimate(decision.get("gain"), sign=True)
+    n = real(part(decision, "gain").get("n"))
+    if n is not None and n < 3:  # too few prompts for an interval
+        gain = gain._replace(interval="")
     predicted = "" if gain.text == NONE else f" Predicted: held-out demonstrations {gain.text} nats a response likelier"
     return (
         f"PPO will start from {checkpoint(decision.get('start'))} ({by('sft.keep')}), be rewarded by the log-ratio of "
