@@ -15,6 +15,14 @@ class ConfigError(SrppoError):
     """A recipe or flag that cannot be run."""
 
 
+class MissingAnswer(ConfigError):
+    """A scoring function asked of a row that has no answer to compare with."""
+
+
+class ScorerFailed(ConfigError):
+    """A scoring function of the user's that raised."""
+
+
 class DataError(SrppoError):
     """A demonstration, prompt or evaluation file that cannot be used.
 

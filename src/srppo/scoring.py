@@ -11,7 +11,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from srppo.errors import ConfigError, SrppoError
+from srppo.errors import ConfigError, MissingAnswer, ScorerFailed, SrppoError
 
 Scorer = Callable[[str, dict[str, Any]], float]
 
@@ -53,7 +53,7 @@ def final_number(completion: str, row: dict[str, Any]) -> float:
     answer = _answer(row, "final_number")
     wanted = final_value(answer) if "####" in answer else _number(answer)
     if wanted is None:
-        raise ConfigError(f"evaluation.scorer final_number: the row's answer holds no number: {answer[:80]!r}")
+        raise MissingAnswer(f"evaluation.scorer final_number: the row's answer holds no number: {answer[:80]!r}")
     return float(final_value(completion) == wanted)
 
 
@@ -76,7 +76,7 @@ def _answer(row: dict[str, Any], scorer: str) -> str:
         value = row.get(field)
         if isinstance(value, (str, int, float)):
             return str(value)
-    raise ConfigError(
+    raise MissingAnswer(
         f"evaluation.scorer {scorer}: the rows have no answer to compare with (a field answer, completion or reference); "
         f"found {', '.join(row) or 'no fields'}. Use scorer: none, or a function of your own"
     )
@@ -116,7 +116,7 @@ def _checked(spec: str, function: Callable[..., Any]) -> Scorer:
             raise
         except (Exception, SystemExit) as error:  # the user's code; its traceback stays as the cause
             reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"evaluation.scorer {spec} failed on the completion {completion[:80]!r}: {reason}") from error
+            raise ScorerFailed(f"evaluation.scorer {spec} failed on the completion {completion[:80]!r}: {reason}") from error
         try:
             number = float(value) if not isinstance(value, str) else math.nan
         except (TypeError, ValueError):

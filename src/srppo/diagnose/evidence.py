@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from srppo.config import RunConfig
 from srppo.data.as_rollout import as_rollout
 from srppo.diagnose.statistics import Flags, Floats
-from srppo.errors import ConfigError
+from srppo.errors import MissingAnswer, ScorerFailed
 from srppo.masking import masked_sum
 from srppo.models.over_rollout import role_logprobs
 from srppo.models.roles import Roles
@@ -25,6 +26,7 @@ from srppo.rollout.extrapolation import generate_extrapolated
 from srppo.rollout.torch_engine import TorchEngine, position_limit
 from srppo.scoring import Scorer
 from srppo.seeding import permutation
+from srppo.train.checkpoint import load_own
 
 CANDIDATE = "candidate"  # the role a checkpoint plays while it is looked at
 OTHER = "reward"  # the name of a numerator that is no checkpoint of this run's SFT
@@ -47,7 +49,10 @@ class Checkpoints:
         if name in self.roles:
             yield self.roles[name]
             return
-        roles.load(loaded_as, self.folders[name])
+        if name == OTHER:
+            roles.load(loaded_as, self.folders[name])
+        else:
+            load_own(roles, loaded_as, self.folders[name])
         try:
             yield loaded_as
         finally:
@@ -184,6 +189,26 @@ def spread_prompts(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
     return turns[:limit]
 
 
+def forgiving(scorer: Scorer | None, warn: Callable[[str], None]) -> Scorer | None:
+    """The scorer as the card asks it: PPO's prompts often lack what a user's function reads, so where it raises that is told once,
+    and counts as a row without an answer. What it must not return stays an error."""
+    if scorer is None:
+        return None
+    told = False
+
+    def score(completion: str, row: dict[str, Any]) -> float:
+        nonlocal told
+        try:
+            return scorer(completion, row)
+        except ScorerFailed as error:
+            if not told:
+                warn(f"{error}. The reward card does without scores on such prompts")
+            told = True
+            raise MissingAnswer(str(error)) from error
+
+    return score
+
+
 def scores_of(scorer: Scorer | None, prompts: Sequence[Prompt], responses: Responses, decode: Callable[[list[int]], str]) -> Floats | None:
     """[P, n] the user's scores of the responses; None without a scorer, or where the prompts' rows lack what it needs."""
     if scorer is None or not prompts:
@@ -191,6 +216,6 @@ def scores_of(scorer: Scorer | None, prompts: Sequence[Prompt], responses: Respo
     texts = [decode(responses.rollout.response_ids(b)) for b in range(len(responses.rollout.prompt_ids))]
     try:
         scores = [scorer(text, prompts[b // responses.each].fields) for b, text in enumerate(texts)]
-    except ConfigError:  # of prompts without an answer, as PPO's usually are
+    except MissingAnswer:  # as PPO's prompts usually do
         return None
     return np.asarray(scores, dtype=np.float64).reshape(-1, responses.each)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from srppo.config import RewardConfig, RunConfig
 from srppo.diagnose.candidates import Pair, choose_pair, weigh_pair
-from srppo.diagnose.evidence import OTHER, Checkpoints, Gatherer, Responses, scores_of, spread_prompts
+from srppo.diagnose.evidence import OTHER, Checkpoints, Gatherer, Responses, forgiving, scores_of, spread_prompts
 from srppo.diagnose.figures import Group, beta_rows, length_bias, preferences, spread
 from srppo.diagnose.preview import preview_rows
 from srppo.diagnose.reward_card import Decision, Estimate, RewardCard
@@ -45,6 +45,7 @@ def diagnose(
     prompts: of PPO. Without held-out demonstrations the card can only describe: verdict caution, defaults kept.
     """
     settings, reward = config.diagnose, coherent_reward(config.reward)
+    scorer = forgiving(scorer, progress.warn)
     gatherer = Gatherer(roles, engine, config, check)
     open_pairs = considered(checkpoints, config)
     starts, numerators = (list(dict.fromkeys(side)) for side in zip(*open_pairs, strict=True))

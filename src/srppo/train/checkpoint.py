@@ -13,7 +13,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from srppo.errors import RunFolderError
+from srppo.errors import RunFolderError, SrppoError
+from srppo.models.roles import Roles
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for step in saved_steps(folder)[:-keep]:
         shutil.rmtree(checkpoint_path(folder, step))
     return final
+
+
+def load_own(roles: Roles, role: str, folder: str | Path) -> None:
+    """Load a model that this run has trained and saved. Raises RunFolderError where it is gone or damaged."""
+    try:
+        roles.load(role, folder)
+    except (SrppoError, OSError) as error:
+        what = f"is damaged ({error})" if Path(folder).is_dir() else "is gone"
+        raise RunFolderError(f"{folder}: this run's own checkpoint {what}; put it back, or begin anew with --overwrite") from error
 
 
 def load_checkpoint(folder: Path, step: int) -> Checkpoint:
