@@ -11,9 +11,11 @@ from weakref import WeakKeyDictionary
 from srppo.card import model_card
 from srppo.evaluate import Answers, Evaluation, GroupResult, evaluate, limit_per_group, lost_and_gained
 from srppo.files import read_lines, write_lines
+from srppo.methods.srppo import first_beta
 from srppo.records import Rollout
 from srppo.retention import base_answers, forgetting
 from srppo.titles import stage_titles
+from srppo.train.checkpoint import load_own
 from srppo.train.compute import Compute
 from srppo.train.continued import ROLE as CONTINUED
 from srppo.train.continued import continue_sft
@@ -47,7 +49,7 @@ def sft_stage(space: Workspace) -> dict[str, Any]:
     if config.sft.checkpoint is not None:
         done = done or finish(space, "sft", {"loaded": config.sft.checkpoint, "compute": Compute().to_dict()})
     elif done is not None:
-        roles.load("sft", run.path / "sft")
+        load_own(roles, "sft", run.path / "sft")
     else:
         compute, started = Compute(), time.monotonic()
         result = train_sft(
@@ -74,7 +76,7 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
         roles.load("policy", run.path / "policy")
         return done
     if isinstance(config.reward.checkpoint, float | int):
-        roles.load("reward", run.path / "sft_checkpoints" / share_name(config.reward.checkpoint))
+        load_own(roles, "reward", run.path / "sft_checkpoints" / share_name(config.reward.checkpoint))
         roles.freeze("reward")
     compute, started = Compute(), time.monotonic()
     during = limit_per_group(loaded.evaluation_prompts, config.evaluation.during_prompts)
@@ -113,7 +115,9 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
     state = train_ppo(setup, evaluate=evaluate_now if during else lambda _: {}, guard=make_guard(space))
     if loaded.preference_model is not None and loaded.preference_model.cut:
         space.progress.warn(f"{loaded.preference_model.cut} texts were longer than the preference model reads, and lost their beginning")
-    roles.save("policy", run.path / "policy", card=model_card(config, "policy"))
+    kept = state.guard.outcome(state.iteration) if state.guard else {}
+    how = {"rounds": state.iteration, "first_beta": first_beta(config.reward), **kept}
+    roles.save("policy", run.path / "policy", card=model_card(config, "policy", how))
     if roles.has_critic and state.scale is not None:
         roles.save_critic(run.path / "critic")
         run.write_json("critic/value_scale.json", {"mean": state.scale.mean, "std": state.scale.std})
@@ -125,7 +129,7 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
             "episodes": state.episodes,
             "final_beta": state.beta,
             "skipped_steps": sum(learner.total_skips for learner in state.learners),
-            **(state.guard.outcome(state.iteration) if state.guard else {}),
+            **kept,
             "compute": compute.to_dict(),
             "seconds": time.monotonic() - started,
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 from srppo.report.compare import difference
 from srppo.report.plots import readable
 from srppo.report.record import Record
-from srppo.text import percent
+from srppo.text import counted, percent
 from srppo.titles import STAGES
 
 EDGE = 5  # rounds at the beginning and the end over which a course is judged
@@ -17,7 +17,7 @@ def findings(record: Record) -> list[str]:
     details = [s for other in ("sft", "sft_continued") for group in record.groups for s in _against(record, group, other)]
     if not details:
         details = [f"There is nothing to compare yet: {record.titles['srppo']} and SFT have not both been evaluated with a scorer."]
-    return details + _retention(record) + _course(record)
+    return details + _guarded(record) + _retention(record) + _course(record)
 
 
 def verdict(record: Record) -> list[str]:
@@ -55,6 +55,24 @@ def _against(record: Record, group: str, other: str) -> list[str]:
 def points(share: float) -> str:
     """0.153 as +15.3 (percentage points)."""
     return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _guarded(record: Record) -> list[str]:
+    """What the guard did to PPO, where it did anything."""
+    told = record.summary.get("ppo_training")
+    ppo = told if isinstance(told, dict) else {}
+    rounds, kept = ppo.get("rounds"), ppo.get("kept_round")
+    if not isinstance(rounds, int) or not isinstance(kept, int):
+        return []
+    planned = (record.config.get("ppo") or {}).get("iterations")
+    done = [f"ended PPO after round {rounds} of {planned}"] if ppo.get("stopped_early") else []
+    if kept == 0 < rounds:
+        done.append(f"went back to the SFT model: no round was better, so the weights of {record.titles['srppo']} are the SFT model's own")
+    elif kept < rounds:
+        done.append(f"kept the policy of round {kept}, the best")
+    elif ppo.get("kept_lost"):
+        done.append("would have kept an earlier round's policy, whose weights were lost; the last one's are kept")
+    return [f"By the probability of held-out demonstrations the guard {' and '.join(done)}."] if done else []
 
 
 def _retention(record: Record) -> list[str]:
@@ -123,7 +141,7 @@ def _endings(record: Record) -> list[str]:
 
 def _small_groups(record: Record) -> list[str]:
     sizes = {g: r["n"] for s in record.stages for g, r in record.results(s).items() if r.get("n")}
-    return [f"{readable(g)}: only {n} evaluation prompts, so the figures are rough" for g, n in sizes.items() if n < 30]
+    return [f"{readable(g)}: only {counted(n, 'evaluation prompt')}, so the figures are rough" for g, n in sizes.items() if n < 30]
 
 
 def _sampling(record: Record) -> list[str]:

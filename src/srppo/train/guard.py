@@ -21,6 +21,7 @@ import torch
 from srppo.config import RunConfig
 from srppo.diagnose.evidence import Responses, chosen_demonstrations
 from srppo.diagnose.statistics import Floats, preference
+from srppo.errors import RunFolderError
 from srppo.masking import masked_mean, masked_sum
 from srppo.methods.rlhf import preference_reward
 from srppo.methods.srppo import coherent_reward
@@ -111,6 +112,7 @@ class Guard:
     ):
         """demonstrations: as `watched` gives them, at least one row. preference_model: what PPO's reward is, if not the coherent one."""
         self.looks: list[Look] = []
+        self._lost = False  # whether the best look's weights could not be read at the end
         self._roles, self._demonstrations, self._config = roles, demonstrations, config
         self._engine, self._run, self._progress, self._preference_model = engine, run, progress, preference_model
         self._folder = run.path / "checkpoints" / CHECKPOINTS
@@ -232,13 +234,13 @@ class Guard:
     # --- the end
 
     def kept_round(self, last: int) -> int:
-        return best_of(self.looks).round if self._config.guard.keep == "best" else last
+        return best_of(self.looks).round if self._config.guard.keep == "best" and not self._lost else last
 
     def conclude(self, last: int) -> None:
         """Put the kept weights into the role `policy` after round `last`, and say what was done."""
         kept, planned = self.kept_round(last), self._config.ppo.iterations
-        if kept != last:
-            self._roles.load_state("policy", load_checkpoint(self._folder, kept).tensors["policy"])
+        if kept != last and not self._put_back(kept):
+            kept = last
         what = "the policy of the last round is kept" if kept == last else f"the policy of round {kept} is kept"
         if last < planned:
             waited = looks_since_best(self.looks, self._warmup)
@@ -255,14 +257,33 @@ class Guard:
                 "guard.keep: last keeps the last round's policy all the same"
             )
 
+    def _put_back(self, round: int) -> bool:
+        """Put a look's weights into the role `policy`; where they are gone or damaged, say so and leave the last round's."""
+        try:
+            weights = load_checkpoint(self._folder, round).tensors.get("policy")
+        except RunFolderError:
+            weights = None
+        if weights is None:
+            self._lost = True
+            self._progress.warn(
+                f"guard: round {round} was the best, but its weights, {checkpoint_path(self._folder, round)}, are gone or damaged; "
+                "the policy of the last round is kept"
+            )
+            return False
+        self._roles.load_state("policy", weights)
+        return True
+
     def outcome(self, last: int) -> dict[str, Any]:
         """For stages/ppo.json."""
-        return {"stopped_early": last < self._config.ppo.iterations, "kept_round": self.kept_round(last), "rounds": last}
+        done = {"stopped_early": last < self._config.ppo.iterations, "kept_round": self.kept_round(last), "rounds": last}
+        return done | ({"kept_lost": best_of(self.looks).round} if self._lost else {})
 
 
 def _alarm_words(looks: Sequence[Look]) -> str:
     first, before, now = looks[0], looks[-2], looks[-1]
     auc = "" if first.auc is None else f", {first.auc:.2f} in round {first.round}"
+    if now.auc is not None and first.auc is not None and first.auc - now.auc <= AUC_DROP:  # then it is below 1/2, and that is the sign
+        auc += ": fewer than half, if hardly fewer than at the start"
     return (
         f"over-optimisation: from round {before.round} to {now.round} the reward rose from {before.reward:.2f} to {now.reward:.2f}, "
         f"while the tokens of held-out demonstrations became less probable (mean {criterion(before):.3f} to {criterion(now):.3f}), "
