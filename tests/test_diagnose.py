@@ -243,7 +243,11 @@ def test_once_ppo_has_begun_a_card_decides_nothing(tmp_path: Path) -> None:
     used = json.loads(stage)["decision"]
     card = run_diagnose(changed(config, diagnose__betas=[3.0, 5.0]), resume=True, **QUIET)
     assert (tmp_path / "run/stages/diagnose.json").read_text() == stage
-    assert (card["decision"]["beta"], card["decision"]["start"], card["decision"]["automatic"]) == (used["beta"], used["start"], [])
+    assert (card["decision"]["beta"], card["decision"]["start"], card["decision"]["automatic"]) == (
+        used["beta"],
+        used["start"],
+        used["automatic"],
+    )
     align(config, resume=True, **QUIET)  # other diagnose settings do not lock a run
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from srppo.config import RunConfig, build, merge
 from srppo.diagnose import tell
-from srppo.diagnosis import diagnosis_stage, make_card, note_card, ppo_begun
+from srppo.diagnosis import diagnosis_stage, make_card, note_card, ppo_begun, start_checkpoint
 from srppo.environment import versions
 from srppo.errors import ConfigError
 from srppo.files import read_lines
@@ -17,6 +17,7 @@ from srppo.progress import Progress, make_progress
 from srppo.run_config import load_run_config
 from srppo.run_folder import is_run
 from srppo.stages import ROLE_OF_STAGE, continued_stage, evaluation_stage, outcome, ppo_stage, sft_stage
+from srppo.text import counted
 from srppo.titles import stage_titles
 from srppo.train.continued import ROLE as CONTINUED
 from srppo.workspace import Workspace, open_workspace
@@ -162,6 +163,8 @@ def summarise(space: Workspace) -> dict[str, Any]:
             extras["compute"][name] = trained["compute"]
             extras["stage_seconds"][name] = trained.get("seconds")
             summary[f"{name}_training"] = {k: v for k, v in trained.items() if k not in ("compute", "seconds")}
+    if start := start_checkpoint(space):
+        summary["sft_training"]["kept"] = start
     answers = {s: read_lines(space.run.path / f"evaluation/{s}.jsonl") for s in STAGES if summary.get(s)}
     extras["srppo_gain"] = {
         other: {group: gain.to_dict() for group in summary[other] if (gain := paired_gain(rows, answers["srppo"], group))}
@@ -187,4 +190,4 @@ def show(summary: dict[str, Any], progress: Progress, titles: Mapping[str, str])
                 rows.append([titles[stage], *kept, f"{result['mean_length']:.1f}", f"{100 * result['eos_rate']:.0f} %"])
         n = next(summary[s][group]["n"] for s in STAGES if group in summary.get(s, {}))
         columns = ["", "sampled", "95 % interval", "greedy", "mean length", "ends"]
-        progress.table(f"{group.replace('_', ' ')} ({n} prompts)", columns, rows)
+        progress.table(f"{group.replace('_', ' ')} ({counted(n, 'prompt')})", columns, rows)

@@ -7,6 +7,7 @@ from pathlib import PurePath
 
 from peft import LoraConfig, PeftConfig
 from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
@@ -38,7 +39,7 @@ def read_adapter(place: str, base: Source, allow_pickle: bool = False) -> tuple[
     try:
         config = PeftConfig.from_pretrained(source.location)
         weights = load_peft_weights(source.location, device="cpu")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(unreachable(source, error)) from error
     assert isinstance(config, LoraConfig)
     named = str(raw.get("base_model_name_or_path") or "")
