@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -165,6 +166,9 @@ def diagnose(
 
     report = make_progress("quiet" if as_json and progress == "live" else progress, stream=sys.stderr if as_json else None)
     if target is not None and is_run(target):
+        if overwrite or flags.get("output") is not None:
+            option, why = ("--overwrite", "it is looked at, not made anew") if overwrite else ("--output", "its card goes into it")
+            raise ConfigError(f"{option} does not go with a run folder, {target}: {why}; leave the option out, or name a recipe")
         config = load_run_config(target, report.warn, parse_overrides(flags)).model_copy(update={"output": target})
         if not (Path(target) / "stages/sft.json").is_file():
             raise ConfigError(f"{target} holds no finished SFT yet; run `srppo sft` or `srppo align` first")
@@ -178,13 +182,14 @@ def diagnose(
     ctx.meta["output"] = config.output
     from srppo.job import run_diagnose
 
-    card = run_diagnose(config, resume=resume, overwrite=overwrite, progress=report)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what a scoring function or a library prints is not the card
+        card = run_diagnose(config, resume=resume, overwrite=overwrite, progress=report)
     if as_json:
         import json
 
         from srppo.files import plain
 
-        click.echo(json.dumps(plain(card), ensure_ascii=False, allow_nan=False))
+        click.echo(json.dumps(plain(card), allow_nan=False))
 
 
 @cli.command(cls=RunCommand, short_help="Evaluate a run again, or another model by its rules.")
@@ -324,6 +329,9 @@ def world(output: str, seed: int) -> None:
 
 def main() -> None:
     """The console script."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for as long as the process lives
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without β must not end a run
