@@ -13,10 +13,11 @@ Rows go to benchmarks/results/evidence.jsonl as they are finished; what is there
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from pathlib import Path
 
-from benchmarks.evidence.cases import CHOICES, QUESTIONS, SEEDS, TUNING_SEEDS
+from benchmarks.evidence.cases import CHOICES, QUESTIONS, SEEDS, TUNING_SEEDS, unrunnable
 from benchmarks.evidence.run import Results, produce
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,18 +30,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=None, help="names of rows, instead of questions")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--results", type=Path, default=None)
-    parser.add_argument("--part", default="1/1", help="I/N: this process's share of the seeds")
+    parser.add_argument("--part", type=share, default=(1, 1), metavar="I/N", help="this process's share of the seeds")
     parser.add_argument("--choices", action="store_true", help="the settings that were tried, on the tuning seeds")
     parser.add_argument("--page", action="store_true", help="only write the page from the results")
     options = parser.parse_args()
     if unknown := set(options.questions) - set(QUESTIONS):
         parser.error(f"no such question: {', '.join(sorted(unknown))}; there are {', '.join(QUESTIONS)}")
+    for name in options.only or []:
+        if wrong := unrunnable(name):
+            parser.error(wrong)
     shown = tuple(options.seeds or SEEDS)
     own = not set(shown) <= set(SEEDS) and not options.choices  # then the committed results are left as they are
     folder = options.runs if own else ROOT / "benchmarks/results"
     results = Results(options.results or folder / ("evidence_choices.jsonl" if options.choices else "evidence.jsonl"))
     if not options.page:
-        part, parts = map(int, options.part.split("/"))
+        part, parts = options.part
         seeds = options.seeds or list(TUNING_SEEDS if options.choices else SEEDS)
         asked = CHOICES if options.choices else [n for q in options.questions or QUESTIONS for n in QUESTIONS[q]]
         names = list(dict.fromkeys(options.only or asked))
@@ -51,6 +55,15 @@ def main() -> None:
 
         page = write_page(results.rows(), options.runs if own else ROOT / "docs/results", shown if own else SEEDS)
         print(f"{page} is written")
+
+
+def share(text: str) -> tuple[int, int]:
+    """ "1/2" as (1, 2)."""
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    part, parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 1/2")
+    return part, parts
 
 
 def run_seed(seed: int, names: list[str], results: Results, runs: Path) -> None:

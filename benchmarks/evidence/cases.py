@@ -148,6 +148,18 @@ CHOICES = ["sft/lora", *(f"sft/{n}" for n in SFTS if n.startswith("lora-")), *(f
 CHOICES += [f"free/{n}" for n in FREE] + [f"ppo/{n}" for n in ("eos", "reward-model", "narrow-model", "shift", "length", "lora")]
 
 
+def unrunnable(name: str) -> str | None:
+    """Why no row of this name can be made; None where it can."""
+    kind, _, rest = name.partition("/")
+    tables: dict[str, dict[str, Any]] = {"sft": SFTS, "ppo": PPOS, "free": FREE}
+    tables["continued"] = {n: case for n, case in PPOS.items() if case.continued}
+    if name == "base" or rest in tables.get(kind, {}):
+        return None
+    known = ", ".join(f"{kind}/{n}" for n in tables[kind]) if kind in tables else "base, sft/…, continued/…, ppo/…, free/…"
+    why = f"beside ppo/{rest} no SFT is continued" if kind == "continued" and rest in PPOS else "no such row"
+    return f"{name}: {why}; there are {known}"
+
+
 def title(name: str) -> str:
     """What a row is called in a table."""
     kind, _, rest = name.partition("/")

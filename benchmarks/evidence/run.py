@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from benchmarks.evidence.cases import FREE, PPOS, ROUNDS, SFTS
 from benchmarks.evidence.free import judge
@@ -50,13 +50,27 @@ class Results:
             return []
         with self.file.open() as stream:
             fcntl.flock(stream, fcntl.LOCK_SH)
-            return [json.loads(line) for line in stream]
+            return read_lines(self.file)  # without a last line that a killed process has half written
 
     def add(self, rows: list[Row]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as stream:
+        with self.file.open("a+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            stream.write("".join(json.dumps(row) + "\n" for row in rows))
+            _end_line(stream)
+            stream.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _end_line(stream: BinaryIO) -> None:
+    """Drop a half-written last line, or end a whole one. In place: the lock is on this very file."""
+    stream.seek(0)
+    whole, newline, last = stream.read().rpartition(b"\n")
+    if not last:
+        return
+    try:
+        json.loads(last)
+        stream.write(b"\n")
+    except ValueError:
+        stream.truncate(len(whole) + len(newline))
 
 
 def produce(name: str, seed: int, runs: Path) -> list[Row]:
