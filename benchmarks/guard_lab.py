@@ -22,6 +22,7 @@ from srppo.intervals import bootstrap_interval
 from srppo.job import align
 from srppo.lab.world import recipe, write_world
 from srppo.progress import make_progress
+from srppo.train.guard import Look, alarming
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (300, 301, 302, 303, 304)
@@ -46,7 +47,7 @@ def run(seed: int, name: str, guarded: bool, runs: Path) -> dict[str, Any]:
         config = build(merge(recipe(world, seed, folder, strength), changes))
         align(config, overwrite=folder.exists(), progress=make_progress("quiet"))
     summary = json.loads((folder / "summary.json").read_text())
-    alarms = [r["iteration"] for r in read_lines(folder / "metrics.jsonl") if r.get("guard/alarm")]
+    alarm = alarm_round([r for r in read_lines(folder / "metrics.jsonl") if "guard/criterion" in r])
     return {
         "seed": seed,
         "setting": name,
@@ -56,9 +57,18 @@ def run(seed: int, name: str, guarded: bool, runs: Path) -> dict[str, Any]:
         "lengths": {g: [summary[s][g]["mean_length"] for s in ("sft", "srppo")] for g in GROUPS},
         "gain": {g: summary["srppo_gain"]["sft"][g] for g in GROUPS},
         "ppo": {k: summary["ppo_training"].get(k) for k in ("kept_round", "rounds", "stopped_early")},
-        "alarm": alarms[0] if alarms else None,  # round
+        "alarm": alarm,
         "seconds": summary["wall_seconds"],
     }
+
+
+def alarm_round(records: list[dict[str, Any]]) -> int | None:
+    """The round of the first alarm, by the rule as it is now: it changes nothing in a run."""
+    nan = dict.fromkeys(("heldout_nll", "heldout_nll_response", "match", "kl", "length", "entropy", "eos_rate"), float("nan"))
+    looks = [
+        Look(r.get("iteration", 0), r["guard/reward"], r.get("guard/auc"), heldout_probability=r["guard/criterion"], **nan) for r in records
+    ]
+    return next((look.round for i, look in enumerate(looks) if alarming(looks[: i + 1])), None)
 
 
 def percent(values: list[float]) -> str:

@@ -61,6 +61,8 @@ def test_the_alarm() -> None:
     assert not alarming(looks(5, 4, reward=[1, 2], auc=[0.8, 0.4]))  # the demonstrations became likelier too
     assert not alarming(looks(5, 6, reward=[1, 2], auc=[0.8, None])) and alarming(looks(5, 6, reward=[1, 2], auc=[None, 0.4]))
     assert not alarming(looks(5, 6, 5, reward=[1, 2, 3], auc=[0.8, 0.4, 0.4]))  # over at the last look
+    assert not alarming(looks(5, 3, 4, reward=[1, 2, 3], auc=[0.8, 0.8, 0.4]))  # past its best, and still better than the SFT
+    assert alarming(looks(5, 7, 6, reward=[1, 3, 2], auc=[0.8, 0.4, 0.4]))  # on the way back, and still worse
 
 
 # --- looks of a model

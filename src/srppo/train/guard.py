@@ -77,12 +77,12 @@ def looks_since_best(looks: Sequence[Look], warmup: int) -> int:
 
 
 def alarming(looks: Sequence[Look]) -> bool:
-    """Whether from the last but one look to the last the reward rose, the criterion fell, and the AUC is below 1/2 or has dropped by
-    more than AUC_DROP from the first look's."""
+    """Whether at the last look the reward is above the first look's and the criterion below it, while the AUC is below 1/2 or has
+    dropped by more than AUC_DROP since."""
     if len(looks) < 2:
         return False
-    first, before, now = looks[0], looks[-2], looks[-1]
-    parted = now.reward > before.reward and criterion(now) < criterion(before)
+    first, now = looks[0], looks[-1]
+    parted = now.reward > first.reward and criterion(now) < criterion(first)
     if not parted or now.auc is None:
         return False
     return now.auc < 0.5 or (first.auc is not None and first.auc - now.auc > AUC_DROP)
@@ -280,12 +280,12 @@ class Guard:
 
 
 def _alarm_words(looks: Sequence[Look]) -> str:
-    first, before, now = looks[0], looks[-2], looks[-1]
+    first, now = looks[0], looks[-1]
     auc = "" if first.auc is None else f", {first.auc:.2f} in round {first.round}"
     if now.auc is not None and first.auc is not None and first.auc - now.auc <= AUC_DROP:  # then it is below 1/2, and that is the sign
         auc += ": fewer than half, if hardly fewer than at the start"
     return (
-        f"over-optimisation: from round {before.round} to {now.round} the reward rose from {before.reward:.2f} to {now.reward:.2f}, "
-        f"while the tokens of held-out demonstrations became less probable (mean {criterion(before):.3f} to {criterion(now):.3f}), "
+        f"over-optimisation: from round {first.round} to {now.round} the reward rose from {first.reward:.2f} to {now.reward:.2f}, "
+        f"while the tokens of held-out demonstrations became less probable (mean {criterion(first):.3f} to {criterion(now):.3f}), "
         f"and the reward prefers them to the policy's samples in a share of {now.auc:.2f} of pairs{auc}"
     )
