@@ -31,7 +31,7 @@ STRENGTHS: dict[str, dict[str, Any]] = {
     "heavy": {"sft.steps": 60, "sft.learning_rate": 3e-4},
 }
 COUNTS = (16, 64, 256)  # demonstrations to train on; 16 more are held out
-SEEDS = {200: (0.5, 1.0), 201: (0.5, 1.0), 202: (0.5, 1.0), 203: (0.5, 1.0), 204: (0.3, 1.0, 2.0), 205: (0.3, 1.0, 2.0)}  # betas
+SEEDS = {200: (0.5, 1.0), 201: (0.5, 1.0), 202: (0.5, 1.0), 203: (0.5, 1.0), 204: (0.3, 1.0), 205: (0.3, 1.0)}  # betas
 ROUNDS = 15
 GROUPS = ("with_demonstrations", "without_demonstrations")
 
