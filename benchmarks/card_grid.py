@@ -125,7 +125,9 @@ def main() -> None:
     results = (options.runs if own else ROOT / "benchmarks/results") / "card_grid.jsonl"
     page = (options.runs if own else ROOT / "docs/results") / "card_grid.md"
     options.runs.mkdir(parents=True, exist_ok=True)
-    part, parts = map(int, options.part.split("/"))
+    part, _, parts = (int(x) if x.isdigit() else x for x in options.part.partition("/"))
+    if not (isinstance(part, int) and isinstance(parts, int) and 1 <= part <= parts):
+        parser.error(f"--part {options.part}: give I/N, with I from 1 to N")
     worlds = [(seed, count, strength) for seed in options.seeds for count in options.demonstrations for strength in options.strengths]
     if options.cards:
         rewrite(results, worlds, options.runs)

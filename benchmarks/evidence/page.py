@@ -22,6 +22,7 @@ HEADINGS = {
     "numerator": "A separate checkpoint as the reward's numerator",
     "tuning": "Full tuning and LoRA",
 }
+LINES = {"SFT": "#7F7F7F", "SRPPO": "#D55E00", "continued SFT": "#56B4E9"}
 COLOURS = {"with_demonstrations": "#0072B2", "without_demonstrations": "#D55E00"}
 
 
@@ -168,10 +169,10 @@ def _curves(rows: Rows, question: str) -> Figure | None:
         x = "β"
     drawn = False
     for panel, (group, words) in zip(panels, GROUPS.items()):
-        for (label, names), colour in zip(series.items(), ("#7F7F7F", "#D55E00", "#56B4E9")):
-            drawn |= _line(panel, rows, {at: n for at, n in names.items() if seeds_of(rows, n)}, group, label, colour)
+        for label, names in series.items():
+            drawn |= _line(panel, rows, {at: n for at, n in names.items() if seeds_of(rows, n)}, group, label, LINES[label])
         if question == "beta" and seeds_of(rows, "sft/light"):
-            panel.axhline(100 * accuracy(rows, "sft/light", group).value, color="#7F7F7F", linestyle=":", label="SFT")
+            panel.axhline(100 * accuracy(rows, "sft/light", group).value, color=LINES["SFT"], linestyle=":", label="SFT")
         panel.set_xscale("log", base=2)
         ticks = sorted({at for names in series.values() for at in names})
         panel.set_xticks(ticks, [f"{t:g}" for t in ticks])

@@ -259,6 +259,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.page and not options.task:
         parser.error("which task? " + ", ".join(TASKS))
+    if unknown := set(options.only or []) - set(TASKS[options.task].names if options.task else []):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; {options.task} has {', '.join(TASKS[options.task].names)}")
     results = Results(options.results)
     for seed in [] if options.page else seeds_of(TASKS[options.task], options.seeds):
         bench = Bench(options.task, seed, options.runs)

@@ -12,7 +12,7 @@ from srppo.errors import ArchitectureError
 from srppo.rewards import CoherentReward
 from srppo.scoring import Scorer
 
-ALPHA = 0.5  # of the weight extrapolation: beyond it a small model broke, docs/diagnose.md
+ALPHA = 0.5  # of the weight extrapolation; at 1 samples were worse in the embedded world: docs/results/evidence.md
 EXAMPLES = 3  # responses shown a group
 NUMERATOR = "numerator"  # the role of a numerator that is neither in memory nor the start
 PREVIEW = "preview"  # the role of the extrapolated weights
