@@ -91,7 +91,7 @@ def test_groups_are_called_in_sentences_as_in_tables() -> None:
     said = " ".join(judge_reward(few(20))[1])
     assert "better on all prompts" in said and "longer on all prompts" in said and "samples on all prompts end" in said
     assert "on all " not in said.replace("on all prompts", "")
-    assert "on without demonstrations" in " ".join(judge_reward(few(20, "without_demonstrations"))[1])
+    assert "on the prompts 'without demonstrations'" in " ".join(judge_reward(few(20, "without_demonstrations"))[1])
 
 
 def test_odd_values_of_a_card() -> None:

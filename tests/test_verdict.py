@@ -75,7 +75,11 @@ LOSING: dict[str, Any] = {"decision": deciding(LOSS), "spreads": [spread("held-o
         ({"decision": deciding(Estimate(0.1, -0.1, 0.3, 20))}, "caution", "is not clear: \\+0.10"),
         ({"decision": deciding(Estimate(None))}, "go", "prefers"),
         ({"length_bias": replace(BIAS, eos_share=0.7)}, "caution", "70 % of the reward sits in the EOS token"),
-        ({"spreads": [spread("held-out"), spread("other", ends=0.5)]}, "caution", "Only 50 % of the SFT model's samples on other end"),
+        (
+            {"spreads": [spread("held-out"), spread("other", ends=0.5)]},
+            "caution",
+            "Only 50 % of the SFT model's samples on the prompts .other. end",
+        ),
         ({"spreads": [spread("held-out"), spread("other", mean=0.05)]}, "caution", "hardly changed how it answers there"),
         ({"spreads": [spread("held-out"), spread("other", tail=2.6)]}, "caution", "surest where nothing was shown"),
         ({"preferences": [Preference("sft", "all", Estimate(0.3, 0.2, 0.45, 4), GOOD)]}, "caution", "perhaps no better than chance"),
@@ -120,10 +124,10 @@ AGAINST: dict[str, Any] = LOSING | {"preferences": preferring(0.3, 0.2, 0.45)}
 @pytest.mark.parametrize(
     ("changes", "gains", "verdict", "words"),
     [
-        ({}, [CLEAR], "go", r"answer better on group 0: \+10.0 points \(\+5.0 to \+15.0\)"),
-        ({}, [PERHAPS], "go", "answer perhaps better on group 0"),
-        ({}, [CLEAR, UNCLEAR], "caution", "answer no better on group 1"),
-        ({}, [CLEAR, HARM], "no-go", "answer worse on group 1"),
+        ({}, [CLEAR], "go", r"answer better on the prompts .group 0.: \+10.0 points \(\+5.0 to \+15.0\)"),
+        ({}, [PERHAPS], "go", "answer perhaps better on the prompts .group 0."),
+        ({}, [CLEAR, UNCLEAR], "caution", "answer no better on the prompts .group 1."),
+        ({}, [CLEAR, HARM], "no-go", "answer worse on the prompts .group 1."),
         (AGAINST, [CLEAR, PERHAPS], "go", r"only in 30 % .* The scores speak for it all the same\."),
         (AGAINST, [PERHAPS], "caution", r"only in 30 % .* The scores speak for it all the same\."),
         (AGAINST, [UNCLEAR], "no-go", r"only in 30 %"),

@@ -154,8 +154,9 @@ def _length(card: RewardCard) -> list[Finding]:
 
 
 def _called(group: str) -> str:
-    """A group of prompts in a sentence, as the tables call it."""
-    return "all prompts" if group == "all" else group.replace("_", " ")
+    """A group of prompts in a sentence, by the name that the tables give it."""
+    name = group.replace("_", " ")
+    return {"all": "all prompts", "held-out": "the held-out prompts"}.get(group, f"the prompts '{name}'")
 
 
 def _row_at(card: RewardCard, group: str) -> BetaRow | None:
