@@ -78,7 +78,7 @@ LOSING: dict[str, Any] = {"decision": deciding(LOSS), "spreads": [spread("held-o
         (
             {"spreads": [spread("held-out"), spread("other", ends=0.5)]},
             "caution",
-            "Only 50 % of the SFT model's samples on the prompts .other. end",
+            "Only 50 % of the SFT model.s samples on the prompts .other.",
         ),
         ({"spreads": [spread("held-out"), spread("other", mean=0.05)]}, "caution", "hardly changed how it answers there"),
         ({"spreads": [spread("held-out"), spread("other", tail=2.6)]}, "caution", "surest where nothing was shown"),
