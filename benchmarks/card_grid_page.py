@@ -13,7 +13,7 @@ import numpy as np
 
 from srppo.diagnose.reward_card import BetaRow, Decision, Estimate, LengthBias, Preference, RewardCard, RewardSpread
 from srppo.diagnose.statistics import spearman
-from srppo.diagnose.verdict import judge_reward
+from srppo.diagnose.verdict import judge_reward, tail_ratio
 from srppo.intervals import DRAWS
 from srppo.lab.world import WITH, WITHOUT
 
@@ -55,9 +55,8 @@ def outcome(row: Row) -> str:
 
 
 def tail(row: Row) -> float:
-    """The best-paid samples without demonstrations, over those of prompts like the demonstrations."""
-    top = {s["group"]: s["quantiles"][-1] for s in row["spreads"] if s["author"] == "sft"}
-    return float(top[WITHOUT] / top["held-out"]) if top["held-out"] > 0 else np.inf
+    found = tail_ratio(card(row, scored=False))
+    return float("nan") if found is None else found
 
 
 def card_of(row: Row) -> tuple[Any, ...]:
@@ -97,7 +96,7 @@ def confusion(rows: Sequence[Row], scored: bool) -> list[str]:
 SIGNS: dict[str, Callable[[Row], float]] = {
     "predicted gain of likelihood": lambda r: at_beta(r, "held-out")["gain"]["value"],
     "AUC": lambda r: 0.5 if r["auc"]["value"] is None else r["auc"]["value"],
-    "tail: best-paid rewards, without demonstrations over held-out": tail,
+    "tail: best-paid rewards on PPO's prompts over those on held-out ones": tail,
     "predicted change of accuracy (needs a scoring function)": lambda r: at_beta(r, WITHOUT)["accuracy_gain"]["value"],
 }
 

@@ -6,10 +6,13 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from srppo.diagnose.reward_card import BetaRow, Decision, Estimate, LengthBias, Preference, RewardCard, RewardSpread
+from srppo.diagnose.scored import pool
 from srppo.diagnose.verdict import judge_reward
+from srppo.intervals import bootstrap_interval
 
 GOOD = Estimate(0.9, 0.8, 1.0, 20)
 GAIN = Estimate(0.2, 0.1, 0.3, 20)
@@ -57,10 +60,17 @@ LOSING: dict[str, Any] = {"decision": deciding(LOSS), "spreads": [spread("held-o
         ),
         ({"spreads": [spread("held-out", mean=-5.0, tail=-1.0), spread("other", mean=-4.0, tail=0.5)]}, "go", "prefers"),
         ({"preferences": []}, "caution", "no held-out demonstrations"),
-        (LOSING, "no-go", "Even at the best beta, 1, PPO would not make .* no smaller on other prompts"),
+        (LOSING, "no-go", "At beta 1, the card's choice, PPO would not make .* earn about as much or more on PPO's prompts"),
         (LOSING | {"decision": deciding(LOSS, automatic=False)}, "no-go", "At beta 1 PPO would not"),
-        ({"decision": deciding(LOSS)}, "caution", "but the reward is smaller on other prompts"),
-        ({"decision": deciding(LOSS), "spreads": [spread("held-out", tail=-1.0), spread("other", tail=0.5)]}, "no-go", "Even at the best"),
+        (LOSING | {"spreads": [spread("held-out"), spread("other", tail=1.5)]}, "caution", "but the best-paid samples earn less"),
+        (LOSING | {"spreads": [spread("held-out"), spread("other", tail=1.5), spread("third", tail=2.5)]}, "no-go", "earn about as much"),
+        (LOSING | {"spreads": [spread("held-out")]}, "no-go", r"\(-0.30 to \+0.10\)\.$"),
+        (LOSING | {"decision": deciding(Estimate(float("nan"), float("nan"), float("nan"), 20))}, "caution", "cannot be computed"),
+        (
+            {"decision": deciding(LOSS), "spreads": [spread("held-out", tail=-1.0), spread("other", tail=0.5)]},
+            "no-go",
+            "At beta 1, the card",
+        ),
         (
             LOSING | {"betas": [replace(MATCHING, match_gain=0.07)]},
             "caution",
@@ -69,9 +79,9 @@ LOSING: dict[str, Any] = {"decision": deciding(LOSS), "spreads": [spread("held-o
         (
             LOSING | {"betas": [replace(MATCHING, match_gain=0.009)]},
             "no-go",
-            "Even at the best",
+            "At beta 1, the card",
         ),
-        (LOSING | {"betas": [replace(MATCHING, beta=0.5, match_gain=0.1)]}, "no-go", "Even at"),
+        (LOSING | {"betas": [replace(MATCHING, beta=0.5, match_gain=0.1)]}, "no-go", "At beta 1, the card"),
         ({"decision": deciding(Estimate(0.1, -0.1, 0.3, 20))}, "caution", "is not clear: \\+0.10"),
         ({"decision": deciding(Estimate(None))}, "go", "prefers"),
         ({"length_bias": replace(BIAS, eos_share=0.7)}, "caution", "70 % of the reward sits in the EOS token"),
@@ -117,21 +127,24 @@ def scored(*gains: tuple[float, float, float]) -> list[BetaRow]:
     return [*rows, *(replace(row, beta=0.2, accuracy_gain=Estimate(-0.5, -0.6, -0.4, 20)) for row in rows)]
 
 
-CLEAR, PERHAPS, UNCLEAR, HARM = (0.1, 0.05, 0.15), (0.02, -0.01, 0.05), (-0.02, -0.05, 0.01), (-0.1, -0.15, -0.05)
+CLEAR, PERHAPS, WORSE, HARM = (0.1, 0.05, 0.15), (0.02, -0.01, 0.05), (-0.06, -0.13, 0.01), (-0.1, -0.15, -0.05)
 AGAINST: dict[str, Any] = LOSING | {"preferences": preferring(0.3, 0.2, 0.45)}
+SPEAK, LEAN = r"only in 30 % .* The scores speak for it all the same\.", r"only in 30 % .* The scores lean the other way\."
 
 
 @pytest.mark.parametrize(
     ("changes", "gains", "verdict", "words"),
     [
-        ({}, [CLEAR], "go", r"answer better on the prompts .group 0.: \+10.0 points \(\+5.0 to \+15.0\)"),
-        ({}, [PERHAPS], "go", "answer perhaps better on the prompts .group 0."),
-        ({}, [CLEAR, UNCLEAR], "caution", "answer no better on the prompts .group 1."),
-        ({}, [CLEAR, HARM], "no-go", "answer worse on the prompts .group 1."),
-        (AGAINST, [CLEAR, PERHAPS], "go", r"only in 30 % .* The scores speak for it all the same\."),
-        (AGAINST, [PERHAPS], "caution", r"only in 30 % .* The scores speak for it all the same\."),
-        (AGAINST, [UNCLEAR], "no-go", r"only in 30 %"),
-        (AGAINST, [CLEAR, UNCLEAR], "no-go", r"only in 30 %"),
+        ({}, [CLEAR], "go", r"would answer better, \+10.0 points \(\+5.0 to \+15.0\)\.$"),
+        ({}, [PERHAPS], "go", "perhaps better"),
+        ({}, [CLEAR, WORSE], "go", r"perhaps better, \+2.0 .*: \+10.0 on the prompts 'group 0', -6.0 on the prompts 'group 1'"),
+        ({}, [CLEAR, HARM], "caution", "answer no better"),
+        ({}, [(0.3, 0.25, 0.35), HARM], "caution", "answer better"),  # one group falls clearly
+        ({}, [HARM, HARM, PERHAPS], "no-go", "answer worse"),
+        (AGAINST, [CLEAR, PERHAPS], "go", SPEAK),
+        (AGAINST, [PERHAPS], "caution", LEAN),
+        (AGAINST, [WORSE], "no-go", "only in 30 %"),
+        (AGAINST | {"heldout": 5}, [HARM], "no-go", "answer worse"),  # scores need no demonstrations
     ],
 )
 def test_scores_decide_where_there_are_any(
@@ -139,6 +152,29 @@ def test_scores_decide_where_there_are_any(
 ) -> None:
     found, reasons = judge_reward(card(betas=scored(*gains), **changes))
     assert found == verdict and any(re.search(words, r) for r in reasons), reasons
+
+
+def test_the_pooled_interval_is_that_of_all_prompts() -> None:
+    """Scores of two groups, their bootstrap intervals, against the interval of the mean over all prompts."""
+    rng = np.random.default_rng(3)
+    groups = {"a": rng.normal(0.2, 1.0, 60), "b": rng.normal(-0.1, 2.0, 200)}
+    told = {name: Estimate(float(x.mean()), *bootstrap_interval(x.tolist()), len(x)) for name, x in groups.items()}
+    whole = np.concatenate(list(groups.values()))
+    error = np.sqrt(sum(len(x) * x.var(ddof=1) for x in groups.values())) / len(whole)
+    found = pool(told)
+    assert found.value == pytest.approx(whole.mean()) and found.n == 260 and found.low is not None and found.high is not None
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+
+
+def test_scores_of_some_groups_or_a_handful_of_prompts_excuse_nothing() -> None:
+    rows = scored(CLEAR)
+    unscored = BetaRow(1.0, "other", 0.8, 0.2, 1.5, 10.0)
+    assert judge_reward(card(betas=[*rows, unscored], **AGAINST))[0] == "no-go"
+    few = [replace(row, accuracy_gain=replace(row.accuracy_gain, n=4)) for row in scored(CLEAR) if row.accuracy_gain]
+    found, reasons = judge_reward(card(betas=few, **AGAINST))
+    assert found == "no-go" and any("fits only 4 prompts" in r for r in reasons)
+    few = [replace(row, accuracy_gain=replace(row.accuracy_gain, n=4)) for row in scored(HARM) if row.accuracy_gain]
+    assert judge_reward(card(betas=few))[0] == "go"
 
 
 def test_scores_do_not_excuse_what_they_cannot_see() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
-from srppo.diagnose.reward_card import BetaRow, Estimate, Preference, RewardCard, RewardSpread, Verdict
+from srppo.diagnose.reward_card import BetaRow, Preference, RewardCard, RewardSpread, Verdict
+from srppo.diagnose.scored import Scored, score_changes
 from srppo.text import counted
 
 FEW = 12  # held-out prompts below which nothing is sure
@@ -15,7 +15,7 @@ LENGTH_RANK, LENGTH_CHANGE = 0.5, 1.25
 EOS_SHARE = 0.5
 ENDS = 0.8
 NOTHING, TAIL = 0.1, 1.25  # of the reward on prompts like the demonstrations: mean, and 95 % quantile, for a caution by itself
-OVER = 1.0  # of that quantile, from which a predicted loss is believed
+OVER = 0.9  # of that quantile, above which a predicted loss is believed
 MATCHES_MORE = 0.01  # of the samples: likelihood and match then disagree, and neither is ground to stop on
 Finding = tuple[Verdict, str]
 RANK: dict[Verdict, int] = {"go": 0, "caution": 1, "no-go": 2}
@@ -23,14 +23,17 @@ RANK: dict[Verdict, int] = {"go": 0, "caution": 1, "no-go": 2}
 
 def judge_reward(card: RewardCard) -> tuple[Verdict, list[str]]:
     """Verdict and reasons, the gravest first; where nothing speaks against the reward, what speaks for it."""
-    gains = _score_gains(card)
-    signs = _weighed([*_discrimination(card), *_gain(card), *_shift(card)], gains)
-    found = [*_scores(gains, card.decision.beta), *signs, *_length(card), *_ending(card), *_size(card)]
+    scored = score_changes(card)
+    signs = _weighed([*_discrimination(card), *_gain(card), *_shift(card)], scored)
+    found = [*_scores(scored, card.decision.beta), *signs, *_length(card), *_ending(card), *_size(card)]
     found.sort(key=lambda item: -RANK[item[0]])
     verdict: Verdict = max((v for v, _ in found), key=RANK.__getitem__, default="go")
-    if verdict == "no-go" and card.heldout < FEW:
-        verdict = "caution"  # so few demonstrations are no ground to stop on
     return verdict, [reason for _, reason in found]
+
+
+def _grave(card: RewardCard) -> Verdict:
+    """no-go, unless it rests on a handful of demonstrations, which are no ground to stop on."""
+    return "no-go" if card.heldout >= FEW else "caution"
 
 
 def _against_sft(card: RewardCard) -> Preference | None:
@@ -54,7 +57,7 @@ def _discrimination(card: RewardCard) -> list[Finding]:
     if auc.high < 0.5 and auc.n >= TELLING:
         return [
             (
-                "no-go",
+                _grave(card),
                 f"The reward prefers a held-out demonstration to the SFT model's own differing samples only {figures}: PPO would move "
                 "away from what the demonstrations show. The SFT model has probably learned them by heart; use an earlier checkpoint "
                 "(reward.checkpoint), fewer SFT steps or more demonstrations.",
@@ -76,27 +79,36 @@ def _gain(card: RewardCard) -> list[Finding]:
     if gain.value is None or gain.low is None or gain.high is None or found is None or found.auc.value is None:
         return []  # where every sample is the demonstration, the gain is 0 but for rounding
     figures = f"{gain.value:+.2f} nats a response" + (f" ({gain.low:+.2f} to {gain.high:+.2f})" if gain.n >= SPAN else "")
+    if not math.isfinite(gain.value):
+        return [
+            ("caution", f"How likely PPO at beta {beta:g} would make held-out demonstrations cannot be computed: the rewards overflow.")
+        ]
     if gain.value <= 0:
-        chosen = f"Even at the best beta, {beta:g}," if "reward.kl_coef" in card.decision.automatic else f"At beta {beta:g}"
+        chosen = f"At beta {beta:g}, the card's choice," if "reward.kl_coef" in card.decision.automatic else f"At beta {beta:g}"
         words = f"{chosen} PPO would not make held-out demonstrations likelier: {figures}"
         row = _row_at(card, "held-out")
         if row is not None and row.match is not None and row.match_gain is not None and row.match_gain >= MATCHES_MORE:
             before, after = 100 * (row.match - row.match_gain), 100 * row.match
             return [("caution", f"{words}; but it would say what they say more often ({before:.0f} to {after:.0f} % of its samples).")]
-        if _tail(card) <= OVER:
-            return [("caution", f"{words}; but the reward is smaller on other prompts than on theirs, as where PPO helps.")]
-        return [("no-go", f"{words}, and the reward is no smaller on other prompts than on theirs.")]
+        tail = tail_ratio(card)
+        if tail is None or tail > OVER:
+            more = "" if tail is None else ", and the best-paid samples earn about as much or more on PPO's prompts"
+            return [(_grave(card), f"{words}{more}.")]
+        return [
+            ("caution", f"{words}; but the best-paid samples earn less on PPO's prompts than on the demonstrations', as where PPO helps.")
+        ]
     if gain.low <= 0:
         return [("caution", f"Whether PPO at beta {beta:g} makes held-out demonstrations likelier is not clear: {figures}.")]
     return [("go", f"At beta {beta:g} PPO should make held-out demonstrations likelier: {figures}.")]
 
 
-def _tail(card: RewardCard) -> float:
-    """The best-paid samples' reward on the best-paid group of PPO's prompts, over that on prompts like the demonstrations; infinite
-    where that is not above 0 (or nothing was held out) and the other is, so that the sign is not missed; 0 without such groups."""
+def tail_ratio(card: RewardCard) -> float | None:
+    """What the best-paid samples (95 % quantile) earn on PPO's prompts, mean over its groups by their sizes, over the same on prompts
+    like the demonstrations; infinite where only the latter is not above 0. None where nothing is to be compared."""
     own, others = _sft_spreads(card)
-    top = max((s.quantiles[-1] for s in others), default=0.0)
-    below = own.quantiles[-1] if own else 0.0
+    if own is None or not others:
+        return None
+    top, below = sum(s.n * s.quantiles[-1] for s in others) / sum(s.n for s in others), own.quantiles[-1]
     return top / below if below > 0 else math.inf if top > 0 else 0.0
 
 
@@ -106,30 +118,26 @@ def _sft_spreads(card: RewardCard) -> tuple[RewardSpread | None, list[RewardSpre
     return next((s for s in found if s.group == "held-out"), None), [s for s in found if s.group != "held-out"]
 
 
-def _score_gains(card: RewardCard) -> dict[str, Estimate]:
-    """Of PPO's prompts, by group: how much more often the samples it would move towards are right, where a scoring function fits."""
-    rows = [r for r in card.betas if r.group != "held-out" and r.beta == card.decision.beta]
-    return {r.group: r.accuracy_gain for r in rows if r.accuracy_gain is not None and r.accuracy_gain.value is not None}
+def _scores(scored: Scored, beta: float) -> list[Finding]:
+    verdict, pooled = scored.verdict(FEW), scored.pooled
+    if pooled.value is None or pooled.low is None or pooled.high is None:
+        return []
+    figures = f"{100 * pooled.value:+.1f} points"
+    if verdict is None:
+        return [("go", f"The scoring function fits only {counted(pooled.n, 'prompt')} of PPO's: {figures}, too few to go by.")]
+    how = "worse" if pooled.high < 0 else "no better" if pooled.value <= 0 else "better" if pooled.low > 0 else "perhaps better"
+    parts = [f"{100 * (g.value or 0.0):+.1f} on {_called(name)}" for name, g in scored.groups.items()] if len(scored.groups) > 1 else []
+    figures += f" ({100 * pooled.low:+.1f} to {100 * pooled.high:+.1f})" + (f": {', '.join(parts)}" if parts else "")
+    return [(verdict, f"By the scoring function, PPO at beta {beta:g} would answer {how}, {figures}.")]
 
 
-def _scores(gains: Mapping[str, Estimate], beta: float) -> list[Finding]:
-    out: list[Finding] = []
-    for group, gain in gains.items():
-        value, low, high = (100 * (x or 0.0) for x in (gain.value, gain.low, gain.high))
-        verdict: Verdict = "no-go" if high < 0 else "caution" if value <= 0 else "go"
-        how = {"no-go": "worse", "caution": "no better", "go": "better" if low > 0 else "perhaps better"}[verdict]
-        figures = f"{value:+.1f} points" + (f" ({low:+.1f} to {high:+.1f})" if gain.n >= SPAN else "")
-        out.append((verdict, f"By the scoring function, PPO at beta {beta:g} would answer {how} on {_called(group)}: {figures}."))
-    return out
-
-
-def _weighed(signs: list[Finding], gains: Mapping[str, Estimate]) -> list[Finding]:
-    """The signs that go without scores give way where every group's score would rise: a no-go to a caution, and where one of the rises
-    is clear, all to a go."""
-    if not gains or any((g.value or 0) <= 0 for g in gains.values()):
+def _weighed(signs: list[Finding], scored: Scored) -> list[Finding]:
+    """The signs that go without scores, no graver than the scores leave them."""
+    most = scored.outweighs(FEW)
+    if most is None:
         return signs
-    most: Verdict = "go" if any((g.low or 0) > 0 for g in gains.values()) else "caution"
-    return [(v, words) if RANK[v] <= RANK[most] else (most, f"{words} The scores speak for it all the same.") for v, words in signs]
+    words = {"go": "The scores speak for it all the same.", "caution": "The scores lean the other way."}[most]
+    return [(v, said) if RANK[v] <= RANK[most] else (most, f"{said} {words}") for v, said in signs]
 
 
 def _length(card: RewardCard) -> list[Finding]:
