@@ -11,16 +11,21 @@ from benchmarks.evidence import cases, figures, run
 from srppo.evaluate import Answers
 
 
-def test_the_interval_has_the_width_of_both_levels() -> None:
-    """The bootstrap mean of S drawn seeds of n drawn prompts: variance (between + mean within / n) / S."""
+def test_the_interval_is_the_wider_of_the_bootstrap_and_students() -> None:
+    """Bootstrap mean of S drawn seeds of n drawn prompts: variance (between + mean within / n) / S. Student's: 2.776 s / sqrt 5, by the
+    tables. The first is wider where prompts are most of the chance, the second where seeds are."""
     rng = np.random.default_rng(1)
-    parts = [rng.normal(mean, 1.0, size=200) for mean in (0.0, 0.3, -0.4, 0.2, 0.6)]
-    between, within = np.var([p.mean() for p in parts]), np.mean([p.var() for p in parts])
-    wide = 2 * 1.96 * np.sqrt((between + within / 200) / 5)
-    found = figures.estimate(parts)
-    assert found.value == pytest.approx(np.mean([p.mean() for p in parts]))
-    assert found.high - found.low == pytest.approx(wide, rel=0.08)
-    assert found.low < found.value < found.high
+    for spread, prompts, wider in ((0.0, 10, "bootstrap"), (0.5, 200, "student")):
+        parts = [rng.normal(0.0, 1.0, size=prompts) for _ in range(5)]
+        parts = [x - x.mean() + spread * at for x, at in zip(parts, (0.0, 0.6, -0.8, 0.4, 1.2))]
+        means = [x.mean() for x in parts]
+        bootstrap = 2 * 1.96 * np.sqrt((np.var(means) + np.mean([x.var() for x in parts]) / prompts) / 5)
+        student = 2 * 2.776 * np.std(means, ddof=1) / np.sqrt(5)
+        assert (bootstrap > student) == (wider == "bootstrap")
+        found = figures.estimate(parts)
+        assert found.value == pytest.approx(np.mean(means))
+        assert found.high - found.low == pytest.approx(max(bootstrap, student), rel=0.08)
+        assert found.low < found.value < found.high
 
 
 def row(seed: int, name: str, right: str, greedy: str) -> dict[str, Any]:

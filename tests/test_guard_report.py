@@ -120,7 +120,7 @@ def test_lost_weights_leave_the_last_rounds(
     assert json.loads((tmp_path / "run/stages/ppo.json").read_text())["kept_round"] == 3
 
 
-@pytest.mark.parametrize(("auc", "words"), [(0.45, "fewer than half, if hardly fewer than at the start"), (0.3, "0.48 in round 0")])
+@pytest.mark.parametrize(("auc", "words"), [(0.45, "fewer than half, as at the start"), (0.3, "0.48 in round 0")])
 def test_the_alarm_says_which_sign_it_is(auc: float, words: str) -> None:
     def look(round: int, reward: float, auc: float, probability: float) -> Look:
         return Look(round, reward, auc, 1.0, 2.0, 0.1, 0.0, 5.0, 1.0, 1.0, probability)

@@ -55,7 +55,7 @@ LOSING: dict[str, Any] = {"decision": deciding(LOSS), "spreads": [spread("held-o
         ({"preferences": preferring(0.6, 0.4, 0.7)}, "caution", "perhaps no better than chance"),
         (
             {"preferences": [Preference("sft", "all", Estimate(None), GOOD)], "decision": deciding(Estimate(-1e-9, -1e-9, 1e-9, 20))},
-            "go",
+            "caution",
             "nothing is left to gain",
         ),
         ({"spreads": [spread("held-out", mean=-5.0, tail=-1.0), spread("other", mean=-4.0, tail=0.5)]}, "go", "prefers"),
@@ -93,6 +93,7 @@ LOSING: dict[str, Any] = {"decision": deciding(LOSS), "spreads": [spread("held-o
         ({"spreads": [spread("held-out"), spread("other", mean=0.05)]}, "caution", "hardly changed how it answers there"),
         ({"spreads": [spread("held-out"), spread("other", tail=2.6)]}, "caution", "surest where nothing was shown"),
         ({"preferences": [Preference("sft", "all", Estimate(0.3, 0.2, 0.45, 4), GOOD)]}, "caution", "perhaps no better than chance"),
+        ({"preferences": [Preference("sft", "all", Estimate(1.0, 1.0, 1.0, 4), GOOD)]}, "caution", "4 prompts; .* too few to tell"),
         ({"heldout": 5}, "caution", "Only 5 held-out demonstrations"),
     ],
 )

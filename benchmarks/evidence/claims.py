@@ -71,7 +71,7 @@ def _everywhere(rows: Rows) -> Answer:
     figure = "; ".join(f"{label} {g.points()}" for label, g in found.items())
     if len(better) == len(found):
         return figure, VERDICTS[1]
-    verdict = f"**holds only** for {', '.join(better)}" if better else VERDICTS[-1]
+    verdict = f"**holds only** for {', '.join(better)}" if better else VERDICTS[-1] if worse else VERDICTS[0]
     return figure, verdict + (f"; worse for {', '.join(worse)}" if worse else "")
 
 
@@ -92,8 +92,8 @@ def _longer(rows: Rows) -> Answer:
     each = {name: [growth(name, seed) for seed in seeds] for name in ("ppo/token", "ppo/eos")}
     apart = estimate([np.array([t - e]) for t, e in zip(*each.values())])
     means = " and ".join(f"{100 * float(np.mean(found)):+.0f} %" for found in each.values())
-    grown = estimate([np.array([t]) for t in each["ppo/token"]])
-    verdict = VERDICTS[apart.sign] if grown.sign > 0 else "does not arise: with neither do they grow"
+    grown = [estimate([np.array([x]) for x in found]) for found in each.values()]
+    verdict = "does not arise: with neither do they grow" if all(g.high < 0.02 for g in grown) else VERDICTS[apart.sign]
     return f"{means}; apart {apart.points()}".replace("-", "−"), verdict
 
 
@@ -132,6 +132,7 @@ CLAIMS = (
         "ppo/eos",
         "ppo/reward-model",
     ),
+    against("… with demonstrations", EXPERIMENTS, "the same", "ppo/eos", "ppo/reward-model", WITH),
     against(
         "… of preferences on the demonstrated families",
         EXPERIMENTS,

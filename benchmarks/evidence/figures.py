@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student
 
 Row = dict[str, Any]
 Rows = dict[tuple[str, int], Row]  # (name, seed)
@@ -46,16 +47,19 @@ def right(row: Row, group: str, kind: str = "sampled") -> np.ndarray:
 
 
 def estimate(parts: Sequence[np.ndarray]) -> Estimate:
-    """Mean over seeds of the means over prompts [prompts] of each; the interval draws seeds, then prompts within each (ours).
-
-    With five seeds it covers the truth in about 95 % of cases where prompts are most of the chance, 90 % where seeds are.
-    """
+    """Mean over seeds of the means over prompts [prompts] of each. The interval is the wider of two (ours): of the bootstrap that draws
+    seeds, then prompts within each, which is too narrow with few seeds where they differ; and of Student's over the seeds' means."""
     rng, count = np.random.default_rng(0), len(parts)
     means = np.stack([x[rng.integers(len(x), size=(DRAWS * count, len(x)))].mean(1).reshape(DRAWS, count) for x in parts])
     picked = rng.integers(count, size=(DRAWS, count))
     draws = means[picked, np.arange(DRAWS)[:, None], np.arange(count)[None]].mean(1)
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(float(np.mean([x.mean() for x in parts])), float(low), float(high))
+    each = np.array([x.mean() for x in parts])
+    mean = float(each.mean())
+    if count > 1:
+        half = float(student.ppf(0.975, count - 1) * each.std(ddof=1) / np.sqrt(count))
+        low, high = min(low, mean - half), max(high, mean + half)
+    return Estimate(mean, float(low), float(high))
 
 
 def accuracy(rows: Rows, name: str, group: str, kind: str = "sampled") -> Estimate:
@@ -86,13 +90,14 @@ def length(rows: Rows, name: str, group: str) -> float:
     return float(np.mean([rows[name, s]["groups"][group]["length"] for s in seeds_of(rows, name)]))
 
 
-def lost(rows: Rows, name: str, group: str) -> Estimate:
+def lost(rows: Rows, name: str, group: str) -> Estimate | None:
     """Of the prompts that the base answers right (greedy), the share that the model no longer does."""
     parts = []
     for seed in seeds_of(rows, name, "base"):
         knew = right(rows["base", seed], group, "greedy") == 1
-        parts.append(1 - right(rows[name, seed], group, "greedy")[knew])
-    return estimate(parts)
+        if knew.any():
+            parts.append(1 - right(rows[name, seed], group, "greedy")[knew])
+    return estimate(parts) if parts else None
 
 
 def curve(rows: Rows, name: str, what: str) -> np.ndarray:

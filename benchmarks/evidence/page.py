@@ -60,8 +60,9 @@ def _head(rows: Rows) -> list[str]:
         f"Settings were chosen on seed {' and '.join(map(str, TUNING_SEEDS))} (`--choices`), which no table contains.",
         "",
         "Accuracy in percent on 160 prompts a seed of the four families with demonstrations and 240 of the six without, two samples a",
-        "prompt at temperature 1, and greedy. Intervals: 95 % bootstrap over seeds and prompts (with five seeds they cover some 90 to",
-        "95 %); gains are paired, over the SFT that the training began with. Length: tokens of a sample, EOS included.",
+        "prompt at temperature 1, and greedy. Intervals: 95 %, the wider of a bootstrap over seeds and prompts",
+        "and Student's over the seeds; gains are paired, over the SFT that the training began with. Length: tokens of a sample, EOS",
+        "included.",
         "Lost: of the prompts that the base answers right greedily, the share that the model no longer does.",
         "Compute: of the training, thousands of tokens passed through a model, a backward pass counted as two.",
         "",
@@ -82,7 +83,7 @@ def table(rows: Rows, names: list[str], groups: dict[str, str] = GROUPS) -> list
         compared = not name.startswith("sft/") and name != "base" and seeds_of(rows, name, start)
         gains = [gain(rows, name, start, group).points() if compared else "" for group in groups]
         known = greedy_is_own and seeds_of(rows, name, "base")
-        gone = [f"{100 * lost(rows, name, group).value:.0f}" if known else "–" for group in groups]
+        gone = [f"{100 * found.value:.0f}" if known and (found := lost(rows, name, group)) else "–" for group in groups]
         shown = "0 / 0" if name == "base" else " / ".join(gone)
         lines.append(
             f"| {title(name)} | " + " | ".join([*cells, *gains, shown, compute(rows, name), str(len(seeds_of(rows, name)))]) + " |"
@@ -110,16 +111,18 @@ def differences(rows: Rows, pairs: Sequence[tuple[str, str]]) -> list[str]:
 def _rivals(rows: Rows) -> list[str]:
     """SRPPO against what costs the same or less, and its variants against the plain one."""
     starts = ("eos", "16", "256", "1024", "medium", "heavy")
-    variants = ("token", "length", "shift", "beta-2", "guard", "guarded", "card", "after")
+    variants = ("token", "length", "shift", "beta-0.3", "beta-0.5", "beta-2", "guard", "guarded", "card", "after")
     return [
         "## SRPPO against its rivals",
         "",
         "Points of sampled accuracy, paired over prompts and seeds. Continued SFT ends where the held-out loss is lowest, so its compute",
-        "is at most PPO's.",
+        "is about PPO's at most.",
         "",
         *differences(rows, [(f"ppo/{name}", f"continued/{name}") for name in starts]),
         "",
         *differences(rows, [("ppo/eos", f"free/{name}") for name in FREE]),
+        "",
+        *differences(rows, [("ppo/eos", "ppo/reward-model"), ("ppo/eos", "ppo/narrow-model")]),
         "",
         "## What helped",
         "",

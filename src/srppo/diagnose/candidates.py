@@ -93,7 +93,7 @@ def suggest_beta(pair: Pair) -> float:
     beta always counts).
     """
     judged = [b for b in pair.gains if b >= LEAST_BETA and pair.effective[b] >= LEAST_EFFECTIVE] or [max(pair.gains)]
-    default = min(judged, key=lambda b: abs(math.log(b)))
+    default = min(judged, key=lambda b: (abs(math.log(b)), -b))
     better = {b: float(g.mean()) for b in judged if (g := pair.gains[b] - pair.gains[default]).mean() > standard_error(g)}
     return max((b for b, gain in better.items() if gain >= max(better.values()) - FLAT), default=default)
 

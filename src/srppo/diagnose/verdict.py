@@ -10,7 +10,7 @@ from srppo.text import counted
 
 FEW = 12  # held-out prompts below which nothing is sure
 SPAN = 3  # prompts from which an interval says anything
-TELLING = 5  # of them, on which a sample differs from the demonstration: below it the AUC alone stops nothing
+TELLING = 5  # of them, on which a sample differs from the demonstration: below it the AUC says nothing
 LENGTH_RANK, LENGTH_CHANGE = 0.5, 1.25
 EOS_SHARE = 0.5
 ENDS = 0.8
@@ -48,8 +48,9 @@ def _discrimination(card: RewardCard) -> list[Finding]:
     if auc.value is None or auc.low is None or auc.high is None:
         return [
             (
-                "go",
-                "Every sample of the SFT model says what the held-out demonstrations say: on prompts like these nothing is left to gain.",
+                "caution",
+                "Every sample of the SFT model says what the held-out demonstrations say: on prompts like these nothing is left to gain, "
+                "and nothing tells whether the reward helps on others.",
             )
         ]
     span = f"{100 * auc.low:.0f} to {100 * auc.high:.0f} %, " if auc.n >= SPAN else ""
@@ -70,6 +71,8 @@ def _discrimination(card: RewardCard) -> list[Finding]:
                 f"The reward prefers a held-out demonstration to the SFT model's own samples {figures}: perhaps no better than chance.",
             )
         ]
+    if auc.n < TELLING:
+        return [("caution", f"The reward prefers a held-out demonstration to the SFT model's own samples {figures}: too few to tell.")]
     return [("go", f"The reward prefers a held-out demonstration to the SFT model's own samples {figures}.")]
 
 

@@ -283,7 +283,7 @@ def _alarm_words(looks: Sequence[Look]) -> str:
     first, now = looks[0], looks[-1]
     auc = "" if first.auc is None else f", {first.auc:.2f} in round {first.round}"
     if now.auc is not None and first.auc is not None and first.auc - now.auc <= AUC_DROP:  # then it is below 1/2, and that is the sign
-        auc += ": fewer than half, if hardly fewer than at the start"
+        auc += ": fewer than half" + (", as at the start" if first.auc < 0.5 else "")
     return (
         f"over-optimisation: from round {first.round} to {now.round} the reward rose from {first.reward:.2f} to {now.reward:.2f}, "
         f"while the tokens of held-out demonstrations became less probable (mean {criterion(first):.3f} to {criterion(now):.3f}), "
