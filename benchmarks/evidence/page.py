@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,13 @@ def _head(rows: Rows) -> list[str]:
     ]
 
 
-def table(rows: Rows, names: list[str], groups: dict[str, str] = GROUPS) -> list[str]:
+def table(
+    rows: Rows,
+    names: list[str],
+    groups: dict[str, str] = GROUPS,
+    called: Callable[[str], str] = title,
+    begun: Callable[[str], str] = start_of,
+) -> list[str]:
     columns = ["", *(c for words in groups.values() for c in (f"{words}: sampled", "greedy", "length"))]
     columns += [*(f"gain {words}" for words in groups.values()), f"lost {' / '.join(groups.values())}", "compute", "seeds"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -79,14 +85,14 @@ def table(rows: Rows, names: list[str], groups: dict[str, str] = GROUPS) -> list
         for group in groups:
             greedy = f"{100 * accuracy(rows, name, group, 'greedy').value:.1f}" if greedy_is_own else "–"
             cells += [f"{100 * accuracy(rows, name, group).value:.1f}", greedy, f"{length(rows, name, group):.1f}"]
-        start = start_of(name)
+        start = begun(name)
         compared = not name.startswith("sft/") and name != "base" and seeds_of(rows, name, start)
         gains = [gain(rows, name, start, group).points() if compared else "" for group in groups]
         known = greedy_is_own and seeds_of(rows, name, "base")
         gone = [f"{100 * found.value:.0f}" if known and (found := lost(rows, name, group)) else "–" for group in groups]
         shown = "0 / 0" if name == "base" else " / ".join(gone)
         lines.append(
-            f"| {title(name)} | " + " | ".join([*cells, *gains, shown, compute(rows, name), str(len(seeds_of(rows, name)))]) + " |"
+            f"| {called(name)} | " + " | ".join([*cells, *gains, shown, compute(rows, name), str(len(seeds_of(rows, name)))]) + " |"
         )
     return lines
 

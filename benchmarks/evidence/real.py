@@ -1,6 +1,6 @@
 """The same comparison on a real model, at small scale: SmolLM2-135M-Instruct on the tasks of the recipes.
 
-    python -m benchmarks.evidence.real reasoning_gym --seeds 5            one seed: an hour and a half of one core
+    python -m benchmarks.evidence.real reasoning_gym --seeds 5            one seed: about three hours of one core
     python -m benchmarks.evidence.real gsm8k                              what needs no training, beside the recipe's finished run
     python -m benchmarks.evidence.real --page                             only docs/results/evidence_real.md, from the result file
 
@@ -17,10 +17,11 @@ import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.cases import CARD, FREE, PPOS
+from benchmarks.evidence.cases import CARD, FREE, PPOS, start_of, title
 from benchmarks.evidence.free import judge
 from benchmarks.evidence.page import table
 from benchmarks.evidence.rewardmodel import make_pairs, train_reward_model
@@ -60,6 +61,7 @@ class Task:
     measures: dict[str, Measure]
     names: list[str]
     about: str
+    sft: str  # what its SFT is called
     finished: str | None = None  # the folder of the recipe's own run, whose rows are taken as they are
     changes: dict[str, Any] = field(default_factory=dict)
 
@@ -78,6 +80,7 @@ TASKS = {
         ],
         f"Demonstrations of three short-answer tasks, prompts of six; {ROUNDS} rounds of 24 prompts with 4 samples each. Strict accuracy"
         "\nin percent, 90 prompts a group.",
+        "SFT (8 steps at 3e-5)",
         changes={"ppo.iterations": ROUNDS, "evaluation.samples": SAMPLES},
     ),
     "gsm8k": Task(
@@ -89,6 +92,7 @@ TASKS = {
         ["base", "sft/light", "continued/eos", "free/cool", "free/best-of-16", "free/logits-1", "free/weights-0.5", "ppo/eos"],
         "The recipe's run (11 rounds of 32 prompts, LoRA) on 64 questions, in percent: answers that end in the demonstrations' format, and"
         "\nanswers whose last number is right, which this model can hardly do.",
+        "SFT (one epoch)",
         finished="runs/smollm2_gsm8k",
     ),
 }
@@ -221,11 +225,11 @@ def tagged(rows: Iterable[Row], task: str) -> list[Row]:
     return [row | {"task": task} for row in rows]
 
 
-def write_page(rows: list[Row]) -> None:
+def write_page(rows: list[Row], page: Path) -> None:
     lines = ["# The methods on a real model", "", (__doc__ or "").split("\n")[0], ""]
     lines += [
-        "A modest run on CPU: one seed a task, so intervals are over prompts alone. Settings of the methods are those chosen in the",
-        "[embedded world](evidence.md); none was tuned here. Gains: paired over prompts, over the model that the training began with.",
+        "Modest runs on CPU; with one seed of a task, intervals are over its prompts alone. Settings of the methods are those chosen in",
+        "the [embedded world](evidence.md); none was tuned here. Gains: paired over prompts, over the model that the training began with.",
         "Lost: of the prompts that the base answers right greedily, the share that the model no longer does.",
         f"Samples a prompt: {SAMPLES} on reasoning-gym and 2 on GSM8K; of what needs no training 2, and 1 of the best of 16.",
         "",
@@ -239,14 +243,24 @@ def write_page(rows: list[Row]) -> None:
         command = f"python -m benchmarks.evidence.real {key}" + (f" --seeds {' '.join(map(str, seeds))}" if not task.finished else "")
         minutes = sum(row.get("seconds") or 0 for row in own.values()) / 60
         lines += [f"## {key.replace('_', '-')}", "", f"`{command}`", "", task.about, ""]
-        lines += [*table(own, names, {k: m.title for k, m in task.measures.items()}), ""]
+        measures = {k: m.title for k, m in task.measures.items()}
+        lines += [*table(own, names, measures, partial(real_title, task), real_start), ""]
         for (name, _), row in own.items():
             if "card" in row:
                 decision = row["card"]["decision"]
                 chosen = ", ".join(f"{k} {v}" for k, v in decision.items() if not isinstance(v, (dict, list)))
                 lines += [f"The card of `{name}`: {row['card']['verdict']} ({chosen}).", *(f"- {r}" for r in row["card"]["reasons"]), ""]
         lines += [f"Training and sampling: {minutes:.0f} minutes of one core.", ""]
-    PAGE.write_text("\n".join(lines))
+    page.write_text("\n".join(lines))
+
+
+def real_title(task: Task, name: str) -> str:
+    return task.sft if name == "sft/light" else title(name)
+
+
+def real_start(name: str) -> str:
+    """The row a row is compared with. The card's run trains the recipe's SFT itself, and here began with its last checkpoint too."""
+    return "sft/light" if name == "ppo/card" else start_of(name)
 
 
 def main() -> None:
@@ -260,9 +274,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.page and not options.task:
         parser.error("which task? " + ", ".join(TASKS))
-    if unknown := set(options.only or []) - set(TASKS[options.task].names if options.task else []):
-        parser.error(f"no such row: {', '.join(sorted(unknown))}; {options.task} has {', '.join(TASKS[options.task].names)}")
+    known = TASKS[options.task].names if options.task else []
+    if unknown := set(options.only or []) - set(known):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(known) or 'none without a task'}")
     results = Results(options.results)
+    page = PAGE if options.results == RESULTS else options.results.with_suffix(".md")
     for seed in [] if options.page else seeds_of(TASKS[options.task], options.seeds):
         bench = Bench(options.task, seed, options.runs)
         for name in options.only or bench.task.names:
@@ -270,7 +286,8 @@ def main() -> None:
                 started = time.monotonic()
                 results.add([r for r in tagged(bench.rows(name), options.task) if (options.task, r["name"], seed) not in keys(results)])
                 print(f"{options.task}, seed {seed}: {name}; {time.monotonic() - started:.0f} s", flush=True)
-    write_page(results.every())
+    write_page(results.every(), page)
+    print(f"{page} is written")
 
 
 def seeds_of(task: Task, wanted: list[int]) -> list[int]:
