@@ -12,6 +12,7 @@ answers. A line a PPO run in card_grid.jsonl, in order of finishing; several pro
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -19,10 +20,12 @@ from typing import Any
 
 from card_grid_page import write_page
 from srppo.config import build, merge
+from srppo.files import read_lines, write_lines
 from srppo.job import align, run_diagnose
 from srppo.lab.world import recipe, write_world
 from srppo.progress import make_progress
 from srppo.run_config import load_run_config
+from srppo.sections import DiagnoseConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 STRENGTHS: dict[str, dict[str, Any]] = {
@@ -40,9 +43,7 @@ Case = tuple[int, int, str, float]
 
 
 def finished(results: Path) -> dict[Case, dict[str, Any]]:
-    if not results.is_file():
-        return {}
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = read_lines(results) if results.is_file() else []
     return {(r["seed"], r["demonstrations"], r["strength"], r["beta"]): r for r in rows}
 
 
@@ -115,12 +116,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--demonstrations", type=int, nargs="+", default=list(COUNTS))
     parser.add_argument("--strengths", nargs="+", choices=list(STRENGTHS), default=list(STRENGTHS))
-    parser.add_argument("--betas", type=float, nargs="+", default=None, help=f"{SEEDS[204]} by default, and the card's own")
+    parser.add_argument(
+        "--betas", type=float, nargs="+", default=None, help=f"of diagnose.betas; {SEEDS[204]} by default, and the card's own"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/card_grid"))
     parser.add_argument("--part", default="1/1", help="I/N: this process's share of the cards")
     parser.add_argument("--cards", action="store_true", help="make the cards anew and rewrite what the rows keep of them")
     parser.add_argument("--page", action="store_true", help="only write the page from the results")
     options = parser.parse_args()
+    if unknown := set(options.betas or []) - set(DiagnoseConfig().betas):
+        parser.error(f"--betas {' '.join(f'{b:g}' for b in sorted(unknown))}: the card foretells only {DiagnoseConfig().betas}")
     own = not set(options.seeds) <= set(SEEDS)  # then the committed results are left as they are
     results = (options.runs if own else ROOT / "benchmarks/results") / "card_grid.jsonl"
     page = (options.runs if own else ROOT / "docs/results") / "card_grid.md"
@@ -138,6 +143,7 @@ def main() -> None:
                 continue
             row = run(*case, beta, options.runs)
             with results.open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
                 file.write(json.dumps(row) + "\n")
             gains = ", ".join(f"{100 * row['gain'][g]['gain']:+.1f}" for g in GROUPS)
             print(f"{i + 1} {case}, beta {beta:g} (the card's: {suggested:g}): PPO {gains} points, {row['seconds']:.0f} s", flush=True)
@@ -147,13 +153,12 @@ def main() -> None:
 
 def rewrite(results: Path, worlds: list[tuple[int, int, str]], runs: Path) -> None:
     """Make these cards anew, and replace what the rows keep of them."""
-    rows = finished(results)
+    figures = {}
     for world in worlds:
-        figures = card_figures(card_of(*world, runs, again=True))
-        rows = {case: row | figures if case[:3] == world else row for case, row in rows.items()}
-        print(f"{world}: beta {figures['suggested_beta']:g}", flush=True)
-    kept = [{k: v for k, v in row.items() if k not in ("verdict", "reasons")} for row in rows.values()]
-    results.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        figures[world] = card_figures(card_of(*world, runs, again=True))
+        print(f"{world}: beta {figures[world]['suggested_beta']:g}", flush=True)
+    rows = [row | figures.get(case[:3], {}) for case, row in finished(results).items()]
+    write_lines(results, rows)
 
 
 if __name__ == "__main__":

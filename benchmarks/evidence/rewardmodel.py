@@ -50,6 +50,8 @@ def make_pairs(space: Workspace, seed: int) -> list[tuple[list[int], list[int]]]
 
 def train_reward_model(pairs: list[tuple[list[int], list[int]]], sft: Path, folder: Path, seed: int, rate: float = RATE) -> dict[str, Any]:
     """Write the classifier to `folder`; the figures of its training."""
+    if len(pairs) < BATCH:
+        raise SystemExit(f"only {len(pairs)} prompts had a right and a wrong sample; a reward model needs {BATCH} at least")
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(sft, num_labels=1)
     model.config.pad_token_id = pad = 0 if model.config.pad_token_id is None else model.config.pad_token_id
