@@ -67,7 +67,7 @@ def watch(seed: int, strength: str, beta: float, runs: Path) -> Record:
     summary = align(config, overwrite=folder.exists(), progress=make_progress("quiet"))
     states = folder / "checkpoints/ppo"
     with open_workspace(config, make_progress("quiet"), resume=True) as space:
-        roles, rows = space.loaded.roles, config.ppo.micro_batch_size
+        roles, rows = space.loaded.roles, config.ppo.micro_batch_tokens
         roles.load("sft", folder / "sft")
         roles.create("policy", "sft")
         demonstrations = watched(space.loaded.demonstrations.heldout, roles, config)
@@ -93,7 +93,7 @@ def real(folder: Path) -> dict[str, Any]:
         roles, config = space.loaded.roles, space.config
         roles.load("sft", folder / "sft")
         roles.load("policy", folder / "policy")
-        demonstrations, rows = watched(space.loaded.demonstrations.heldout, roles, config), config.ppo.micro_batch_size
+        demonstrations, rows = watched(space.loaded.demonstrations.heldout, roles, config), config.ppo.micro_batch_tokens
         looks = {role: {"demonstrations": tokens(roles, role, demonstrations, rows)} for role in ("sft", "policy")}
     gain = json.loads((folder / "summary.json").read_text())["srppo_gain"]["sft"]
     changes = {name: float((f(looks["policy"]) - f(looks["sft"])).mean()) for name, f in CRITERIA.items()}

@@ -12,13 +12,13 @@ from srppo.logprobs import token_logprobs
 from srppo.losses.supervised import cross_entropy
 from srppo.masking import (
     example_batch,
-    length_sorted_chunks,
     masked_mean,
     masked_sum,
     masked_whiten,
     predicting,
     rollout_batch,
     target_ids,
+    token_chunks,
     unflatten,
 )
 from srppo.records import Example, Rollout, pad_sequences
@@ -126,12 +126,13 @@ def test_flat_and_padded_views_are_inverse() -> None:
     assert unflatten(flat, r.mask).tolist() == r.responses.tolist()
 
 
-def test_length_sorted_chunks_hold_every_row_once_longest_first() -> None:
+def test_token_chunks_hold_every_row_once_longest_first() -> None:
     lengths = [3, 9, 1, 9, 4]
-    chunks = length_sorted_chunks(lengths, 2)
+    chunks = token_chunks(lengths, 18)
     assert sorted(r for c in chunks for r in c) == [0, 1, 2, 3, 4]
-    assert [[lengths[r] for r in c] for c in chunks] == [[9, 9], [4, 3], [1]]
-    assert length_sorted_chunks([], 4) == []
+    assert [[lengths[r] for r in c] for c in chunks] == [[9, 9], [4, 3, 1]]
+    assert token_chunks(lengths, 8) == [[1], [3], [4, 0], [2]]  # a longer row is alone; 4 + 4 + 4 would be one too many
+    assert token_chunks([], 4) == []
 
 
 def test_shifted_loss_is_hugging_faces_and_padding_of_any_length_changes_nothing() -> None:

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
 
 from srppo.errors import ModelError
 from srppo.masking import predicting
-from srppo.models.forward import token_scores, trunk_states
+from srppo.models.forward import target_states, token_scores
 from srppo.models.load import silence_noise
 from srppo.models.plan import _PLANS, Plan, head_of, plan
 from srppo.records import TokenBatch
@@ -79,16 +79,15 @@ def test_scores_equal_the_plain_forward(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", EVERY)
-def test_trunk_states_enter_the_head(architecture: str) -> None:
+def test_target_states_enter_the_head(architecture: str) -> None:
     model, batch = tiny_model(architecture), padded(sequences())
     entering: list[Tensor] = []
     handle = model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: entering.append(inputs[0]))
     with torch.no_grad():
         model(input_ids=batch.ids, attention_mask=batch.attention_mask)
         handle.remove()
-        states = trunk_states(model, batch)
-    real = batch.attention_mask.bool()
-    torch.testing.assert_close(states[real], entering[0][real], atol=2e-5, rtol=1e-5)
+        states = target_states(model, batch)
+    torch.testing.assert_close(states, predicting(entering[0], batch.target_mask), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", EVERY)

@@ -98,8 +98,8 @@ def test_scores_are_those_of_each_sequence_alone(architecture: str, pad: int | N
     model, data = AutoModelForSequenceClassification.from_pretrained(name).eval(), rollout()
     wanted = [float(alone(model, data.prompt_ids[row] + data.response_ids(row))[0]) for row in range(4)]
     assert max(wanted) - min(wanted) > 0.1
-    for rows in (1, 2, 4):
-        assert asked(name).scores(data, rows).tolist() == pytest.approx(wanted, abs=1e-5)
+    for tokens in (1, 20, 1000):
+        assert asked(name).scores(data, tokens).tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_the_chosen_label_by_its_log_odds(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_chosen_label_by_its_log_odds(tmp_path: Path) -> None:
         p = alone(model, data.prompt_ids[row] + data.response_ids(row)).softmax(-1)[1]
         wanted.append(float((p / (1 - p)).log()))
     for label in ("1", "LABEL_1"):
-        assert asked(name, label=label).scores(data, 4).tolist() == pytest.approx(wanted, abs=1e-4)
+        assert asked(name, label=label).scores(data, 1000).tolist() == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(ConfigError, match=r"has 3 labels, 0 \(LABEL_0\), .*reward.preference_label"):
         asked(name)
     with pytest.raises(ConfigError, match="'good', but the labels"):
@@ -133,7 +133,7 @@ def test_another_tokenizer_reads_the_text(tmp_path: Path) -> None:
             talk = [*(prompt.messages or [{"role": "user", "content": prompt.text}]), {"role": "assistant", "content": answers[row]}]
             ids = reader.apply_chat_template(talk, return_dict=False) if template else reader(prompt.text + answers[row])["input_ids"]
             wanted.append(float(alone(model, ids)[0]))
-        assert asked(name, policy).scores(data, 4).tolist() == pytest.approx(wanted, abs=1e-5)
+        assert asked(name, policy).scores(data, 1000).tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_classifier_too_short_for_the_prompts_is_refused(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_labels_that_do_not_compete_are_taken_alone(problem: str, tmp_path: Path
     edit(name, problem_type=problem, id2label={"0": "2", "1": "1", "2": "0"}, label2id={"2": 0, "1": 1, "0": 2})
     model, data = AutoModelForSequenceClassification.from_pretrained(name).eval(), rollout()
     wanted = [float(alone(model, data.prompt_ids[row] + data.response_ids(row))[2]) for row in range(4)]
-    assert asked(name, label="0").scores(data, 4).tolist() == pytest.approx(wanted, abs=1e-5)  # a name goes before a number
+    assert asked(name, label="0").scores(data, 1000).tolist() == pytest.approx(wanted, abs=1e-5)  # a name goes before a number
 
 
 def test_the_same_tokenizer_without_a_template_reads_the_policys_ids(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_the_same_tokenizer_without_a_template_reads_the_policys_ids(tmp_path: P
     found = PreferenceModel(config, PROMPTS, policy, policy.decode, policy_templates=[None])
     model, data = AutoModelForSequenceClassification.from_pretrained(name).eval(), rollout()
     wanted = [float(alone(model, data.prompt_ids[row] + data.response_ids(row))[0]) for row in range(4)]
-    assert found.scores(data, 4).tolist() == pytest.approx(wanted, abs=1e-5)
+    assert found.scores(data, 1000).tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_text_is_begun_once(tmp_path: Path) -> None:
@@ -201,9 +201,9 @@ def test_what_is_too_long_loses_its_beginning_and_is_counted(tmp_path: Path) -> 
     mask = torch.ones_like(long).bool()
     many = Rollout([[7, 8, 9], [40]], [0, 1], long, mask, torch.zeros(mask.shape), torch.ones(2).bool())
     found = asked(name)
-    assert found.scores(data, 4).shape == (4,) and found.cut == 0
+    assert found.scores(data, 1000).shape == (4,) and found.cut == 0
     wanted = [float(alone(model, long[0].tolist()[-12:])[0])] * 2  # an unknown prompt, of a demonstration that is all text, is no obstacle
-    assert found.scores(many, 2).tolist() == pytest.approx(wanted, abs=1e-5) and found.cut == 2
+    assert found.scores(many, 1).tolist() == pytest.approx(wanted, abs=1e-5) and found.cut == 2
 
 
 @pytest.mark.parametrize("pad", [-1, 500])
@@ -213,7 +213,7 @@ def test_a_pad_token_outside_the_embedding_is_not_used(pad: int, tmp_path: Path)
     model, data = AutoModelForSequenceClassification.from_pretrained(name).eval(), rollout()
     model.config.pad_token_id = None
     wanted = [float(alone(model, data.prompt_ids[row] + data.response_ids(row))[0]) for row in range(4)]
-    assert asked(name).scores(data, 4).tolist() == pytest.approx(wanted, abs=1e-5)
+    assert asked(name).scores(data, 1000).tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_scores_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_scores_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
     weights["score.weight"][:] = float("nan")
     save_file(weights, Path(name) / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"NaN or infinite scores; use model.dtype float32"):
-        asked(name).scores(rollout(), 4)
+        asked(name).scores(rollout(), 1000)
 
 
 def test_a_classifier_whose_template_refuses_the_conversation_is_refused(tmp_path: Path) -> None:

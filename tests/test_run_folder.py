@@ -145,21 +145,21 @@ def test_resume_lists_every_changed_key_and_changes_nothing(tmp_path: Path) -> N
     before = listing(tmp_path / "run")
     with pytest.raises(RunFolderError) as error:
         RunFolder.open(
-            tmp_path / "run", changed(seed=5, ppo={"clip": 0.3, "micro_batch_size": 2}, data={"columns": {"prompt": "q"}}), resume=True
+            tmp_path / "run", changed(seed=5, ppo={"clip": 0.3, "micro_batch_tokens": 2}, data={"columns": {"prompt": "q"}}), resume=True
         )
     text = str(error.value)
     assert "ppo.clip: 0.2 in the folder, 0.3 now" in text
     assert "seed: 0 in the folder, 5 now" in text
     assert "data.columns.prompt: (not there) in the folder, q now" in text
-    assert "micro_batch_size" not in text
+    assert "micro_batch_tokens" not in text
     assert listing(tmp_path / "run") == before
 
 
 def test_resume_with_harmless_changes_records_them(tmp_path: Path) -> None:
     start(tmp_path / "run")
-    with RunFolder.open(tmp_path / "run", changed(threads=1, ppo={"micro_batch_size": 2, "keep_checkpoints": 9}), resume=True):
+    with RunFolder.open(tmp_path / "run", changed(threads=1, ppo={"micro_batch_tokens": 2, "keep_checkpoints": 9}), resume=True):
         pass
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["ppo"]["micro_batch_size"] == 2
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["ppo"]["micro_batch_tokens"] == 2
 
 
 def rewrite(folder: Path, change: Any) -> None:

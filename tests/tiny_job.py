@@ -37,7 +37,7 @@ def tiny_job(folder: Path, architecture: str = "llama", kind: str = "full", **ch
             "prompts": write_rows(folder / "prompts.jsonl", [{"prompt": f"say {i}?"} for i in range(20)]),
             "heldout": 4,
         },
-        "sft": {"steps": 3, "learning_rate": 1e-2, "batch_size": 8, "micro_batch_size": 4, "checkpoints_at": [0.5, 1.0]},
+        "sft": {"steps": 3, "learning_rate": 1e-2, "batch_size": 8, "micro_batch_tokens": 64, "checkpoints_at": [0.5, 1.0]},
         "rollout": {"max_new_tokens": 8},
         "ppo": {
             "iterations": 3,

@@ -22,7 +22,7 @@ from srppo.seeding import stream_seed
 from srppo.stages import sft_stage
 from srppo.workspace import Workspace
 
-ROWS = 64  # scored at once
+TOKENS = 4096  # scored at once
 N = 16  # samples to choose from
 
 
@@ -95,7 +95,7 @@ def best_of(space: Workspace, beta: float, sft: Any, asked: Asked) -> Rollout:
     rows = [list(p) for p in asked.prompts for _ in range(N)]
     drawn = [stream_seed(seed, "best of", i) for seed in asked.seeds for i in range(N)]
     many = engine.generate(sft, rows, drawn, asked.sampling, list(range(len(rows))), asked.on_progress)
-    said = [role_logprobs(roles, role, many, ROWS) for role in ("sft", "base")]
+    said = [role_logprobs(roles, role, many, TOKENS) for role in ("sft", "base")]
     rewards = coherent_reward(space.config.reward)(*said, many.mask, many.ended).scores.reshape(-1, N)
     if beta > 0:  # Gumbel-max: the highest of rewards / beta + noise is a draw from the softmax
         draws = [random.Random(stream_seed(seed, "drawn of")) for seed in asked.seeds]

@@ -2,7 +2,7 @@
 
 A logit matrix [N, V] is the largest tensor of a training step. The chunked path holds chunk x V logits at a time, keeps
 two numbers a token for the backward pass, and recomputes the logits there. (The idea is common: see e.g. Cut Your Losses,
-Wijmans et al. 2024, arXiv 2411.09009.)
+Wijmans et al. 2024, arXiv 2411.09009.) Where all of [N, V] is small, it is kept instead, and not computed twice.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from srppo.records import TokenScores
+
+KEPT_BYTES = 64 * 2**20  # probabilities up to this size are kept for the backward pass
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def token_logprobs(logits: Tensor, ids: Tensor, entropy: bool = False) -> TokenS
 
 
 def chunked_logprobs(hidden: Tensor, head: Head, ids: Tensor, *, chunk: int = 1024, entropy: bool = False) -> TokenScores:
-    """token_logprobs(head.logits(hidden), ids) without ever holding [N, V].
+    """token_logprobs(head.logits(hidden), ids) without holding [N, V], unless that is at most KEPT_BYTES and one chunk.
 
     hidden [N, H], ids [N] int64, chunk: rows of logits in memory at once (about chunk x V float32 forward and backward).
     Gradients reach hidden, head.weight and head.bias, each only if it asks for one. Works under no_grad and autocast.
@@ -88,6 +90,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         chosen = torch.empty(rows, dtype=_wide(dtype), device=hidden.device)
         normaliser = torch.empty_like(chosen)
         spread = torch.empty_like(chosen) if entropy else None
+        small = rows <= chunk and rows * weight.shape[0] * chosen.element_size() <= KEPT_BYTES
+        keep = small and softcap is None and any(ctx.needs_input_grad)
+        ctx.probabilities = None
         with torch.autocast(hidden.device.type, enabled=False):
             product_weight, product_bias = weight.to(dtype), _cast(bias, dtype)
             for part in _slices(rows, chunk):
@@ -98,8 +103,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 total = p.sum(1)
                 normaliser[part] = top + total.log()
                 chosen[part] = picked - normaliser[part]
+                if spread is not None or keep:
+                    p.div_(total.unsqueeze(1))
                 if spread is not None:
-                    spread[part] = torch.special.entr(p.div_(total.unsqueeze(1))).sum(1)
+                    spread[part] = torch.special.entr(p).sum(1)
+                if keep:
+                    ctx.probabilities = p
         ctx.save_for_backward(hidden, weight, bias, ids, normaliser, spread)
         ctx.softcap, ctx.multiplier, ctx.chunk, ctx.dtype = softcap, multiplier, chunk, dtype
         ctx.set_materialize_grads(False)
@@ -112,7 +121,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         dtype, wide = ctx.dtype, normaliser.dtype
         rows, vocabulary = hidden.shape[0], weight.shape[0]
-        block = min(vocabulary, max(1, ctx.chunk * vocabulary // max(rows, 1)))
+        kept, ctx.probabilities = ctx.probabilities, None  # changed in place below: a second backward pass recomputes
+        block = vocabulary if kept is not None else min(vocabulary, max(1, ctx.chunk * vocabulary // max(rows, 1)))
         grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if want_hidden else None
         grad_weight = torch.empty_like(weight) if want_weight else None
         grad_bias = torch.empty_like(bias) if want_bias else None
@@ -121,13 +131,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
             for part in _slices(vocabulary, block):
                 part_weight = weight[part].to(dtype)
                 part_bias = None if bias is None else bias[part].to(dtype)
-                z = _logits(product_hidden, part_weight, part_bias, ctx.softcap, ctx.multiplier)  # [N, block]
-                slope = None if ctx.softcap is None else 1 - (z / ctx.softcap) ** 2  # of softcap tanh(x / softcap)
-                p = z.sub_(normaliser.unsqueeze(1)).exp_()
+                p, slope = kept, None  # [N, block]
+                if p is None:
+                    z = _logits(product_hidden, part_weight, part_bias, ctx.softcap, ctx.multiplier)
+                    slope = None if ctx.softcap is None else 1 - (z / ctx.softcap) ** 2  # of softcap tanh(x / softcap)
+                    p = z.sub_(normaliser.unsqueeze(1)).exp_()
                 grad = _logit_gradient(p, ids - part.start, grad_chosen, grad_spread, spread)
                 if slope is not None:
                     grad.mul_(slope)
-                grad = grad.mul_(ctx.multiplier)
+                if ctx.multiplier != 1.0:
+                    grad = grad.mul_(ctx.multiplier)
                 if grad_bias is not None:
                     grad_bias[part] = grad.sum(0)
                 grad = grad.to(dtype)

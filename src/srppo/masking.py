@@ -75,7 +75,14 @@ def rollout_batch(rollout: Rollout, rows: Sequence[int], pad_id: int) -> TokenBa
     return TokenBatch(ids, attention, targets)
 
 
-def length_sorted_chunks(lengths: Sequence[int], rows_per_chunk: int) -> list[list[int]]:
-    """Row indices cut into chunks of rows of like length, longest first (a too large chunk shows at once)."""
-    order = sorted(range(len(lengths)), key=lambda r: -lengths[r])
-    return [order[i : i + rows_per_chunk] for i in range(0, len(order), rows_per_chunk)]
+def token_chunks(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Row indices cut into chunks of rows of like length, longest first (a too large chunk shows at once).
+
+    A chunk holds at most so many tokens, padding included; a row that is longer is alone.
+    """
+    chunks: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        if not chunks or lengths[chunks[-1][0]] * (len(chunks[-1]) + 1) > tokens:
+            chunks.append([])
+        chunks[-1].append(row)
+    return chunks

@@ -79,6 +79,7 @@ class TokenScores:
 
     logprobs: Tensor  # [N] float32
     entropy: Tensor | None = None  # [N] float32, nats, of the distribution each target token was drawn from
+    states: Tensor | None = None  # [N, H] the states that predicted them, where asked for
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class ScoredRollout:
     lp_anchor: Tensor | None  # [B, T] log pi of the KL anchor; None without one
     values: Tensor  # [B, T] critic's value of the state before each response token, in the critic's units
     preference: Tensor | None = None  # [B] a reward model's score of each response; None with the coherent reward
+    states: list[Tensor] | None = None  # B of [T_b, H], the frozen states a critic without a trunk reads; None where it has one
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Experience:
     advantages: Tensor  # [B, T]
     returns: Tensor  # [B, T] the critic's targets, in its units
     keep: Tensor  # [B] bool, False for rollouts left out of the loss (missing-EOS treatment "exclude")
+    states: list[Tensor] | None = None  # as in ScoredRollout
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ def base_answers(roles: Roles, prompts: Sequence[Prompt], engine: RolloutEngine,
         return engine.generate(model, [p.ids for p in prompts], seeds, Sampling(max_new_tokens))
 
 
-def forgetting(roles: Roles, role: str, answers: Rollout, rows: int) -> dict[str, float]:
+def forgetting(roles: Roles, role: str, answers: Rollout, tokens: int) -> dict[str, float]:
     """Monte-Carlo KL(base || role) on the base's own answers: nats a token and nats a response. 0 for the base itself; ours."""
-    gap = role_logprobs(roles, "base", answers, rows) - role_logprobs(roles, role, answers, rows)
+    gap = role_logprobs(roles, "base", answers, tokens) - role_logprobs(roles, role, answers, tokens)
     return {
         "nats_per_token": float(masked_mean(gap, answers.mask)),
         "nats_per_response": float(masked_sum(gap, answers.mask, 1).mean()),

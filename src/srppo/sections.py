@@ -54,6 +54,9 @@ class TuningConfig(Section):
     """Dropout inside the adapters during training. Above 0 the PPO ratio at the first step is no longer 1."""
     lora_targets: str | list[str] = "all-linear"
     """PEFT target modules."""
+    critic: Literal["own", "head"] = "own"
+    """own: the critic has a trunk, a copy of the SFT model or an adapter. head: it is a linear head on the frozen SFT model's states,
+    which scoring computes anyway: almost no time and memory, and a coarser baseline."""
 
 
 class DataConfig(Section):
@@ -106,8 +109,8 @@ class SFTConfig(Section):
     """Passes over the demonstrations, where `steps` is unset."""
     batch_size: int = Field(default=16, ge=1)
     """Demonstrations an optimizer step."""
-    micro_batch_size: int = Field(default=8, ge=1)
-    """Rows in memory at once; the result does not depend on it."""
+    micro_batch_tokens: int = Field(default=2048, ge=1)
+    """Tokens in memory at once, those of one row at least. Decides memory and speed; the result does not depend on it."""
     batching: Literal["length_grouped", "packed"] = "length_grouped"
     """length_grouped: padded batches of like lengths. packed: several demonstrations in one row, kept apart by position ids and mask."""
     learning_rate: float = Field(default=2e-5, gt=0)
@@ -221,8 +224,8 @@ class PPOConfig(Section):
     """Passes over each round's rollouts."""
     minibatches: int = Field(default=4, ge=1)
     """Optimizer steps a pass."""
-    micro_batch_size: int = Field(default=16, ge=1)
-    """Rows in memory at once; the result does not depend on it."""
+    micro_batch_tokens: int = Field(default=2048, ge=1)
+    """Tokens in memory at once in scoring and update, those of one row at least. Decides memory and speed; results do not depend on it."""
     learning_rate: float = Field(default=3e-6, gt=0)
     """AdamW, policy."""
     critic_learning_rate: float = Field(default=1e-5, gt=0)
@@ -251,6 +254,11 @@ class PPOConfig(Section):
     """Global norm to which policy and critic gradients are scaled down, each by itself."""
     behaviour_logprobs: Literal["rollout", "recompute"] = "rollout"
     """The ratio's denominator: what the engine returned, or a forward pass of the trainer before the update (exact, one pass more)."""
+    importance_cap: float = Field(default=2.0, ge=1)
+    """With behaviour_logprobs recompute: each token's advantage is weighted by trainer probability / engine probability, at most this
+    (truncated importance sampling), so that an engine of other precision does not bias the update."""
+    entropy: bool = False
+    """Also measure the policy's exact entropy in the update (policy/entropy_avg): one more pass over the vocabulary."""
     max_skipped_steps: int = Field(default=5, ge=1)
     """Consecutive steps with NaN or infinite loss or gradient after which the run stops, state saved."""
     checkpoint_every: int = Field(default=5, ge=0)

@@ -96,7 +96,7 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
         metrics: dict[str, float] = {}
         for name, group in result.groups.items():
             metrics |= {f"eval/{name}/{k}": v for k in ("sampled", "greedy", "mean_length") if (v := getattr(group, k)) is not None}
-        nll = heldout_nll(roles, "policy", loaded.demonstrations.heldout, config.sft.micro_batch_size)
+        nll = heldout_nll(roles, "policy", loaded.demonstrations.heldout, config.sft.micro_batch_tokens)
         return metrics | ({} if nll is None else {"eval/heldout_nll": nll})
 
     setup = PPOSetup(
@@ -220,7 +220,7 @@ def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[
             write_lines(space.run.path / f"evaluation/{stage}.jsonl", [asdict(row) for row in result.rows])
             content["groups"] = result.to_dict()
             content["lost_and_gained"] = {} if stage == "base" else lost_and_gained(_base_evaluation(space), result)
-        content["heldout_nll"] = heldout_nll(roles, role, loaded.demonstrations.heldout, config.sft.micro_batch_size)
+        content["heldout_nll"] = heldout_nll(roles, role, loaded.demonstrations.heldout, config.sft.micro_batch_tokens)
         if loaded.retention_prompts:
             content["forgetting"] = _forgetting(space, role)
     except StopRequested:
@@ -240,7 +240,7 @@ def _forgetting(space: Workspace, role: str) -> dict[str, float]:
     with space.progress.stage("Retention", 2, "steps") as ticker:
         answers = _base_answers(space)
         ticker.advance(1)
-        out = forgetting(loaded.roles, role, answers, config.ppo.micro_batch_size)
+        out = forgetting(loaded.roles, role, answers, config.ppo.micro_batch_tokens)
         ticker.advance(2, nats_per_token=out["nats_per_token"])
     return out
 

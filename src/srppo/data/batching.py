@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from srppo.masking import example_batch, length_sorted_chunks
+from srppo.masking import example_batch, token_chunks
 from srppo.records import Example, TokenBatch, pad_sequences
 from srppo.seeding import permutation
 
@@ -54,20 +54,18 @@ def _window(examples: Sequence[Example], order: list[int], start: int, steps: in
 
 
 def micro_batches(
-    examples: Sequence[Example], micro_batch_size: int, batching: str, pad_id: int, max_tokens: int = 1024
+    examples: Sequence[Example], micro_batch_tokens: int, batching: str, pad_id: int, max_tokens: int = 1024
 ) -> list[TokenBatch]:
-    """One optimizer step's examples as batches of at most micro_batch_size rows; the sum of their targets is the step's denominator.
+    """One optimizer step's examples as batches of at most so many tokens; the sum of their targets is the step's denominator.
 
     length_grouped: rows of like length together, longest first. packed: several examples a row of up to max_tokens (a longer
     example has a row for itself).
     """
     if batching == "packed":
         rows = pack([len(e.ids) for e in examples], max_tokens)
-        return [
-            packed_batch([[examples[i] for i in row] for row in rows[k : k + micro_batch_size]], pad_id)
-            for k in range(0, len(rows), micro_batch_size)
-        ]
-    chunks = length_sorted_chunks([len(e.ids) for e in examples], micro_batch_size)
+        sizes = [sum(len(examples[i].ids) for i in row) for row in rows]
+        return [packed_batch([[examples[i] for i in rows[r]] for r in chunk], pad_id) for chunk in token_chunks(sizes, micro_batch_tokens)]
+    chunks = token_chunks([len(e.ids) for e in examples], micro_batch_tokens)
     return [example_batch([examples[i] for i in chunk], pad_id) for chunk in chunks]
 
 

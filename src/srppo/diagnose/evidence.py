@@ -165,7 +165,7 @@ class Gatherer:
         """Let a role say its log-probabilities of all responses, noted under `name`."""
         for some in responses:
             self.check()
-            some.logprobs[name] = role_logprobs(self.roles, role, some.rollout, self.config.ppo.micro_batch_size)
+            some.logprobs[name] = role_logprobs(self.roles, role, some.rollout, self.config.ppo.micro_batch_tokens)
 
 
 def chosen_demonstrations(examples: Sequence[Example], roles: Roles, config: RunConfig, limit: int, purpose: str) -> Rollout:

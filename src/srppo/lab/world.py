@@ -97,7 +97,6 @@ def recipe(folder: str | Path, seed: int, output: str | Path = "runs/demo", stre
         "sft": {
             **sft,
             "batch_size": 64,  # all demonstrations in every step
-            "micro_batch_size": 64,
             "keep": "last",  # so few steps have no better checkpoint on the way
         },
         "reward": {
@@ -116,7 +115,6 @@ def recipe(folder: str | Path, seed: int, output: str | Path = "runs/demo", stre
             "samples_per_prompt": 1,
             "epochs": 4,
             "minibatches": 4,
-            "micro_batch_size": 64,  # memory is no matter here; one piece a minibatch of 32
             "learning_rate": 1e-4,  # as the SFT's: clip fraction .03 to .07, KL .2 to .6 nats a response
             "critic_learning_rate": 3e-4,  # its head starts from nothing and has 25 rounds to learn
             "checkpoint_every": 0,  # a run of two minutes needs no more than the last state

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from srppo.masking import predicting
-from srppo.models.forward import autocasting, trunk_states
+from srppo.models.forward import autocasting, target_states
 from srppo.records import TokenBatch
 
 
@@ -23,5 +22,5 @@ def token_values(trunk: PreTrainedModel, head: nn.Linear, batch: TokenBatch, *, 
     """[N] float32: for each target token the value of the state that predicts it (the state before the token is chosen)."""
     batch = batch.to(trunk.device)
     with autocasting(trunk.device, autocast):
-        states = predicting(trunk_states(trunk, batch), batch.target_mask)
+        states = target_states(trunk, batch)
     return head(states.float()).squeeze(-1)

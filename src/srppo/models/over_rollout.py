@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from srppo.masking import length_sorted_chunks, rollout_batch, unflatten
+from srppo.masking import rollout_batch, token_chunks, unflatten
 from srppo.models.roles import Roles
 from srppo.records import Rollout, TokenBatch
 
@@ -17,19 +17,39 @@ def rollout_tokens(rollout: Rollout) -> int:
     return sum(len(p) for p in rollout.prompt_ids) + int(rollout.mask.sum())
 
 
-def over_rollout(roles: Roles, rollout: Rollout, rows: int, word: Callable[[TokenBatch], Tensor]) -> Tensor:
+def micro_batches(roles: Roles, rollout: Rollout, tokens: int, rows: list[int] | None = None) -> list[tuple[list[int], TokenBatch]]:
+    """Rows of a rollout (all by default) by like length, with their batches, each of at most so many tokens or of one row."""
+    rows = list(range(len(rollout.prompt_ids))) if rows is None else rows
+    responses = rollout.lengths.tolist()
+    chunks = token_chunks([len(rollout.prompt_ids[r]) + responses[r] for r in rows], tokens)
+    parts = [[rows[i] for i in chunk] for chunk in chunks]
+    return [(part, rollout_batch(rollout, part, roles.special.pad_id).to(roles.device)) for part in parts]
+
+
+def over_rollout(roles: Roles, rollout: Rollout, tokens: int, word: Callable[[TokenBatch], Tensor]) -> Tensor:
     """[B, T] float32 on the CPU, zero off the mask, of a function TokenBatch -> [N] (one value a target token).
 
-    rows: sequences in memory at once; they are grouped by length, so padding is small. No gradient is kept.
+    tokens: in memory at once, those of one row at least. No gradient is kept.
     """
     out = torch.zeros(rollout.mask.shape)
-    lengths = [len(p) + n for p, n in zip(rollout.prompt_ids, rollout.lengths.tolist())]
-    for chunk in length_sorted_chunks(lengths, rows):
-        values = word(rollout_batch(rollout, chunk, roles.special.pad_id).to(roles.device)).detach().float().cpu()
-        out[chunk] = unflatten(values, rollout.mask[chunk])
+    for rows, batch in micro_batches(roles, rollout, tokens):
+        out[rows] = unflatten(word(batch).detach().float().cpu(), rollout.mask[rows])
     return out
 
 
-def role_logprobs(roles: Roles, role: str, rollout: Rollout, rows: int) -> Tensor:
+def role_logprobs(roles: Roles, role: str, rollout: Rollout, tokens: int) -> Tensor:
     """[B, T] log-probability of each response token under a role."""
-    return over_rollout(roles, rollout, rows, lambda batch: roles.score(role, batch).logprobs)
+    return over_rollout(roles, rollout, tokens, lambda batch: roles.score(role, batch).logprobs)
+
+
+def logprobs_and_states(roles: Roles, role: str, rollout: Rollout, tokens: int) -> tuple[Tensor, list[Tensor]]:
+    """role_logprobs, and from the same pass B of [T_b, H]: the states that predict each row's response tokens, on the role's device."""
+    out, states = torch.zeros(rollout.mask.shape), [torch.empty(0)] * len(rollout.prompt_ids)
+    lengths = rollout.lengths
+    for rows, batch in micro_batches(roles, rollout, tokens):
+        scores = roles.score(role, batch, states=True)
+        assert scores.states is not None
+        out[rows] = unflatten(scores.logprobs.float().cpu(), rollout.mask[rows])
+        for row, own in zip(rows, scores.states.split(lengths[rows].tolist())):
+            states[row] = own.clone()  # not a view that keeps the whole micro-batch
+    return out, states

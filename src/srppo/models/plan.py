@@ -1,4 +1,4 @@
-"""What a model's architecture allows, found out once by asking it: where its head is, and whether rows may be packed.
+"""What a model's architecture allows, found out once by asking it: where its head is, and how sequences may lie in memory.
 
 Reading an architecture's name would be right for those we know; a few tokens through the model are right for all.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from srppo.errors import ModelError
 from srppo.logprobs import Head
+from srppo.models.attention import NAME, Layout, layout_of, set_attention, uses_plain_attention
 from srppo.models.modes import set_mode, undisturbed
 from srppo.models.weights import embedding_rows
 
@@ -27,6 +29,7 @@ class Plan:
 
     width: int  # H of the states that enter the head
     packs: bool  # several examples a row, kept apart by position ids: same states as one a row
+    flat: bool  # all sequences in one row, kept apart by our attention: same states as one a row
     direct_head: bool  # logits = softcap tanh(multiplier (W h + b) / softcap) reproduces the model's own
     softcap: float | None = None
     multiplier: float = 1.0
@@ -39,12 +42,14 @@ def plan(model: PreTrainedModel) -> Plan:
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False), undisturbed(modules):
             set_mode(modules, False)
             _PLANS[model] = _probe(model)
+        set_attention(model, NAME if _PLANS[model].flat else "sdpa")
     return _PLANS[model]
 
 
 def share_plan(copy: PreTrainedModel, original: PreTrainedModel) -> None:
     """Give a copy its original's plan, so that it is not probed again."""
     _PLANS[copy] = plan(original)
+    set_attention(copy, NAME if _PLANS[copy].flat else "sdpa")
 
 
 def head_of(model: PreTrainedModel) -> Head | None:
@@ -57,22 +62,26 @@ def head_of(model: PreTrainedModel) -> Head | None:
     return Head(out.weight, out.bias, found.softcap, found.multiplier)
 
 
-def run_trunk(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-    """[B, L, H] states after the final norm. ids [B, L], right-padded; no padding mask is needed, see forward.trunk_states."""
-    out = model.get_decoder()(input_ids=ids, use_cache=False, **_positions(positions))
+def run_trunk(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+    """[B, L, H] states after the final norm. ids [B, L], right-padded; no padding mask is needed, see forward.target_states.
+
+    layout: of a flat row, where plan(model).flat; then ids and positions are [1, tokens].
+    """
+    out = model.get_decoder()(input_ids=ids, use_cache=False, **_arguments(positions, layout))
     states = getattr(out, "last_hidden_state", None)
     if states is None:
         raise ModelError(f"{model.name_or_path}: unsupported architecture: the decoder of {type(model).__name__} returns no hidden states")
     return states
 
 
-def run_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-    """[B, L, V] logits by the model's own forward."""
-    return model(input_ids=ids, use_cache=False, **_positions(positions)).logits
+def run_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+    """[B, L, V] logits by the model's own forward; arguments as in run_trunk."""
+    return model(input_ids=ids, use_cache=False, **_arguments(positions, layout)).logits
 
 
-def _positions(positions: Tensor | None) -> dict[str, Tensor]:
-    return {} if positions is None else {"position_ids": positions}
+def _arguments(positions: Tensor | None, layout: Layout | None) -> dict[str, Any]:
+    given: dict[str, Any] = {} if positions is None else {"position_ids": positions}
+    return given if layout is None else given | {"attention_mask": layout.marker, "srppo_layout": layout}
 
 
 def _probe(model: PreTrainedModel) -> Plan:
@@ -80,18 +89,18 @@ def _probe(model: PreTrainedModel) -> Plan:
     ids = (torch.arange(16, device=model.device).reshape(2, 8) * 7 + 1) % vocabulary
     states = run_trunk(model, ids)
     _check_causal(model, ids, states)
-    packs = _packs(model, ids, states)
+    packs, flat = _packs(model, ids, states), _flat(model, ids, states)
     if model.get_output_embeddings() is None:  # a bare trunk, such as a critic's
-        return Plan(states.shape[-1], packs, False)
+        return Plan(states.shape[-1], packs, flat, False)
     softcap, multiplier = _logit_settings(model)
-    trial = Plan(states.shape[-1], packs, True, softcap, multiplier)
+    trial = Plan(states.shape[-1], packs, flat, True, softcap, multiplier)
     if not _head_agrees(model, trial, ids, states):
         warnings.warn(
             f"{type(model).__name__}: its logits are not those of a plain output layer, so log-probabilities are taken "
             "from its full forward (right, but with more memory)",
             stacklevel=3,
         )
-        return Plan(states.shape[-1], packs, False)
+        return Plan(states.shape[-1], packs, flat, False)
     return trial
 
 
@@ -115,6 +124,22 @@ def _packs(model: PreTrainedModel, ids: Tensor, states: Tensor) -> bool:
         return False  # takes no position ids
     apart = torch.cat([run_trunk(model, ids[:1, :3]), run_trunk(model, ids[:1, 3:])], dim=1)
     return _same(packed, torch.cat([apart, states[1:]]))
+
+
+def _flat(model: PreTrainedModel, ids: Tensor, states: Tensor) -> bool:
+    """Whether three tokens of the first row and the whole second one give in a flat row the states that they give apart."""
+    if not uses_plain_attention(model) or getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        return False
+    layout = layout_of(torch.tensor([3, 8], device=ids.device))
+    tokens, places = torch.cat([ids[0, :3], ids[1]]), torch.cat([torch.arange(3), torch.arange(8)]).to(ids.device)
+    set_attention(model, NAME)
+    try:
+        flat = run_trunk(model, tokens[None], places[None], layout)[0]
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # it does not hand our arguments down, or cannot do without a mask
+        return False
+    finally:
+        set_attention(model, "sdpa")
+    return _same(flat, torch.cat([states[0, :3], states[1]]))
 
 
 def _logit_settings(model: PreTrainedModel) -> tuple[float | None, float]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from srppo.config import RunConfig
 from srppo.errors import ConfigError, ModelError
-from srppo.masking import length_sorted_chunks
+from srppo.masking import token_chunks
 from srppo.models.load import quiet, resolve_device
 from srppo.models.source import find_source, read_json, refuse_foreign_code, refuse_pickle, unreachable
 from srppo.models.tokens import vocabulary_size
@@ -69,14 +69,14 @@ class PreferenceModel:
                 f"{config.rollout.max_new_tokens} (rollout.max_new_tokens); lower data.max_prompt_tokens, or take another model"
             )
 
-    def scores(self, rollout: Rollout, rows: int) -> Tensor:
-        """[B] float32 on the CPU: the score of each response with its prompt. rows: sequences in memory at once.
+    def scores(self, rollout: Rollout, tokens: int) -> Tensor:
+        """[B] float32 on the CPU: the score of each response with its prompt. tokens: in memory at once.
 
         Raises ModelError for scores that are not finite.
         """
         texts = [self._shortened(self._ids(rollout, row)) for row in range(len(rollout.prompt_ids))]
         out = torch.zeros(len(texts))
-        for chunk in length_sorted_chunks([len(t) for t in texts], rows):
+        for chunk in token_chunks([len(t) for t in texts], tokens):
             out[chunk] = self._score([texts[i] for i in chunk]).cpu()
         if not out.isfinite().all():
             raise ModelError(f"{self.name}: the preference model gave NaN or infinite scores; use model.dtype float32, or another model")

@@ -156,10 +156,10 @@ class Roles:
         with self._store.use(role, train) as model:
             yield model
 
-    def score(self, role: str, batch: TokenBatch, *, entropy: bool = False, train: bool = False) -> TokenScores:
+    def score(self, role: str, batch: TokenBatch, *, entropy: bool = False, states: bool = False, train: bool = False) -> TokenScores:
         """Log-probabilities [N] float32 that the role gives the batch's target tokens (see forward.token_scores)."""
         with self.use(role, train=train) as model:
-            return token_scores(model, batch, entropy=entropy, autocast=self.model_config.autocast)
+            return token_scores(model, batch, entropy=entropy, states=states, autocast=self.model_config.autocast)
 
     # --- weights
 
@@ -210,24 +210,32 @@ class Roles:
     def has_critic(self) -> bool:
         return self._head is not None
 
-    def create_critic(self, source: str) -> None:
-        """A critic whose trunk starts as a copy of the source's and whose values start at exactly 0."""
+    @property
+    def critic_has_trunk(self) -> bool:
+        return CRITIC in self._store.names()
+
+    def create_critic(self, source: str, trunk: bool = True) -> None:
+        """A critic whose values start at exactly 0, with a trunk that starts as a copy of the source's, or with none: a head alone,
+        which reads states of the source that the caller hands to `values_of`."""
         self._check_new(CRITIC, critic=True)
         self._check(source)
-        self._store.create_critic(source)
-        self._head = value_head(plan(self._store.model(CRITIC)).width, self.device)
+        if trunk:
+            self._store.create_critic(source)
+        self._head = value_head(plan(self._store.model(CRITIC if trunk else source)).width, self.device)
 
     def values(self, batch: TokenBatch, *, train: bool = False) -> Tensor:
-        """[N] float32: the critic's value of the state that predicts each target token."""
+        """[N] float32: the critic's value of the state that predicts each target token. For a critic with a trunk."""
         head = self._value_head()
         with self._store.use(CRITIC, train) as trunk:
             return token_values(trunk, head, batch, autocast=self.model_config.autocast)
 
+    def values_of(self, states: Tensor) -> Tensor:
+        """[N] float32: the value head on given states [N, H]. For a critic without a trunk."""
+        return self._value_head()(states.to(self.device, torch.float32)).squeeze(-1)
+
     def critic_parameters(self) -> dict[str, nn.Parameter]:
-        return {
-            **_prefixed("trunk.", self._store.parameters(CRITIC)),
-            **_prefixed("value_head.", dict(self._value_head().named_parameters())),
-        }
+        trunk = self._store.parameters(CRITIC) if self.critic_has_trunk else {}
+        return {**_prefixed("trunk.", trunk), **_prefixed("value_head.", dict(self._value_head().named_parameters()))}
 
     def critic_state(self) -> dict[str, Tensor]:
         """CPU clones of the critic's weights, for a checkpoint."""
@@ -238,19 +246,25 @@ class Roles:
         copy_into(self._critic_tensors(), state, CRITIC)
 
     def save_critic(self, folder: str | Path, card: str | None = None) -> None:
-        """Write the trunk (a model folder, or an adapter folder) and value_head.safetensors (weight [1, H], bias [1])."""
+        """Write the trunk, if it has one (a model folder, or an adapter folder), and value_head.safetensors (weight [1, H], bias [1])."""
         head = self._value_head()
         text = (
             card
             or "# Critic\n\nThe value function of a Self-Rewarding PPO run: this trunk, with `value_head.safetensors` on its last states."
         )
         with atomic_folder(folder) as work:
-            self._write(CRITIC, work, text)
+            if self.critic_has_trunk:
+                self._write(CRITIC, work, text)
+            else:
+                (work / "README.md").write_text(
+                    f"{text}\nIt has no trunk of its own and reads the last states of the SFT model.\n", encoding="utf-8"
+                )
             save_file({n: p.detach().cpu().contiguous() for n, p in head.named_parameters()}, work / "value_head.safetensors")
 
     def _critic_tensors(self) -> dict[str, Tensor]:
         head = {f"value_head.{n}": p for n, p in self._value_head().named_parameters()}
-        return {**{f"trunk.{n}": t for n, t in self._store.tensors(CRITIC).items()}, **head}
+        trunk = self._store.tensors(CRITIC) if self.critic_has_trunk else {}
+        return {**{f"trunk.{n}": t for n, t in trunk.items()}, **head}
 
     def _value_head(self) -> nn.Linear:
         if self._head is None:

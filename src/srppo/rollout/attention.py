@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from srppo.models.attention import PLAIN
+
 NAME = "srppo_grouped"
 _HANDLED = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
 _UNHANDLED = set(inspect.signature(sdpa_attention_forward).parameters) - _HANDLED  # a bias by position, and what may come
@@ -57,12 +59,13 @@ def decode_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 @contextlib.contextmanager
 def grouped(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model that uses sdpa through transformers' attention interface use `grouped_attention`; then sdpa again.
+    """Let a model that uses PyTorch's attention through transformers' interface use `grouped_attention`; then what it used before.
 
     Other models and implementations are left alone.
     """
     config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation != "sdpa" or not getattr(model, "_supports_attention_backend", False):
+    before = config._attn_implementation
+    if before not in PLAIN or not getattr(model, "_supports_attention_backend", False):
         yield
         return
     AttentionInterface.register(NAME, grouped_attention)
@@ -71,4 +74,4 @@ def grouped(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = before

@@ -11,6 +11,7 @@ class Compute:
 
     forward_tokens: int = 0  # generation, scoring, values
     trained_tokens: int = 0  # forward and backward
+    padding_tokens: int = 0  # positions of scoring and update that held no token
 
     @property
     def passes(self) -> int:
@@ -21,6 +22,7 @@ class Compute:
         """Count another's passes too."""
         self.forward_tokens += other.forward_tokens
         self.trained_tokens += other.trained_tokens
+        self.padding_tokens += other.padding_tokens
 
     def to_dict(self) -> dict[str, int]:
         return {"forward_tokens": self.forward_tokens, "trained_tokens": self.trained_tokens, "passes": self.passes}

@@ -71,7 +71,7 @@ def continue_sft(
         learner.total_skips = saved.state["skipped_steps"]
         compute.trained_tokens = saved.state["trained_tokens"]
     else:
-        best_nll, best_state = heldout_nll(roles, ROLE, heldout, sft.micro_batch_size), roles.state(ROLE)
+        best_nll, best_state = heldout_nll(roles, ROLE, heldout, sft.micro_batch_tokens), roles.state(ROLE)
     run.truncate_metrics(done, ROLE)
     every = max(1, steps // EVALUATIONS)
 
@@ -86,7 +86,7 @@ def continue_sft(
         done = step
         if best_nll is None or (step % every and step != steps):
             return False
-        nll = heldout_nll(roles, ROLE, heldout, sft.micro_batch_size)
+        nll = heldout_nll(roles, ROLE, heldout, sft.micro_batch_tokens)
         assert nll is not None
         run.log({"stage": ROLE, "step": step, "heldout_nll": nll})
         ticker.advance(step, heldout_loss=nll)

@@ -13,7 +13,7 @@ from torch import Tensor
 from srppo.advantages import generalized_advantages, group_baseline, reward_to_go
 from srppo.config import RunConfig
 from srppo.masking import masked_mean, masked_sum, masked_whiten
-from srppo.models.over_rollout import over_rollout, role_logprobs, rollout_tokens
+from srppo.models.over_rollout import logprobs_and_states, over_rollout, role_logprobs, rollout_tokens
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
 from srppo.records import Experience, Prompt, Rollout, ScoredRollout
@@ -59,22 +59,32 @@ def score(
     preference_model: PreferenceModel | None = None,
 ) -> ScoredRollout:
     """The frozen models' log-probabilities, the critic's values and the reward model's scores. A model that serves twice is run once."""
-    rows = config.ppo.micro_batch_size
+    tokens = config.ppo.micro_batch_tokens
     reward_role = "reward" if roles.has("reward") else "sft"
     needed = {reward_role, "base", "sft"}  # the anchor is one of these
-    said = {}
+    said, states, values = {}, None, torch.zeros(rollout.mask.shape)
+    headed = roles.has_critic and not roles.critic_has_trunk
     for role in sorted(needed):
         check()
-        said[role] = role_logprobs(roles, role, rollout, rows)
+        if role == "sft" and headed:
+            said[role], states = logprobs_and_states(roles, role, rollout, tokens)
+        else:
+            said[role] = role_logprobs(roles, role, rollout, tokens)
     check()
-    values = over_rollout(roles, rollout, rows, roles.values) if roles.has_critic else torch.zeros(rollout.mask.shape)
+    if states is not None:
+        with torch.no_grad():
+            values[rollout.mask] = roles.values_of(torch.cat(states)).cpu()
+    elif roles.has_critic:
+        values = over_rollout(roles, rollout, tokens, roles.values)
     preference = None
     if preference_model is not None:
         check()
-        preference = preference_model.scores(rollout, rows)
-    models = len(needed) + roles.has_critic + (preference_model is not None)
+        preference = preference_model.scores(rollout, tokens)
+    models = len(needed) + (roles.has_critic and not headed) + (preference_model is not None)
     compute.forward_tokens += models * rollout_tokens(rollout)
-    return ScoredRollout(rollout, said[reward_role], said["base"], said["sft"], said.get(config.reward.kl_anchor), values, preference)
+    return ScoredRollout(
+        rollout, said[reward_role], said["base"], said["sft"], said.get(config.reward.kl_anchor), values, preference, states
+    )
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,7 @@ def make_experience(scored: ScoredRollout, judged: Judged, beta: float, scale: V
 
     ppo.baseline "critic": advantages by GAE. "group": reward-to-go minus the mean whole return of the prompt's other kept samples
     (RLOO, Ahmadian et al. 2024, arXiv 2402.14740), lambda and the critic play no part.
+    Where the ratio's denominator was recomputed, advantages are weighted by importance_weights.
     """
     rollout, ppo, mask = scored.rollout, config.ppo, scored.rollout.mask
     values = torch.where(mask, scale.mean + scale.std * scored.values, 0.0)
@@ -144,8 +155,19 @@ def make_experience(scored: ScoredRollout, judged: Judged, beta: float, scale: V
         advantages, returns = generalized_advantages(rewards, values, mask, ppo.gamma, ppo.gae_lambda)
     if ppo.whiten_advantages:
         advantages = masked_whiten(advantages, mask & judged.reward.keep[:, None])
+    if ppo.behaviour_logprobs == "recompute":
+        advantages = advantages * importance_weights(judged.old_logprobs, rollout.behaviour_logprobs, ppo.importance_cap)
     targets = torch.where(mask, (returns - scale.mean) / scale.std, 0.0)
-    return Experience(rollout, judged.old_logprobs, scored.values, advantages, targets, judged.reward.keep)
+    return Experience(rollout, judged.old_logprobs, scored.values, advantages, targets, judged.reward.keep, scored.states)
+
+
+def importance_weights(trainer_logprobs: Tensor, engine_logprobs: Tensor, cap: float) -> Tensor:
+    """min(pi_old / mu, cap) a token: truncated importance sampling of responses drawn by an engine whose probabilities mu differ from
+    the trainer's pi_old for the same weights (Yao et al. 2025, https://fengyao.notion.site/off-policy-rl; Ionides 2008 for the truncation).
+
+    All [B, T]; where both are equal, as off the mask, the weight is 1.
+    """
+    return (trainer_logprobs - engine_logprobs).exp().clamp(max=cap)
 
 
 def kept_baseline(judged: Judged, prompt_index: Sequence[int]) -> Tensor:

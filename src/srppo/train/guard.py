@@ -148,16 +148,16 @@ class Guard:
 
     def _see(self, round: int) -> Look:
         roles, config, demonstrations = self._roles, self._config, self._demonstrations
-        rows, each = config.ppo.micro_batch_size, config.guard.samples
+        tokens, each = config.ppo.micro_batch_tokens, config.guard.samples
         theirs, their_rewards = self._theirs
         rollout = self._sample(each)
-        scored = {role: role_logprobs(roles, role, rollout, rows) for role in sorted({self._numerator, "base", "sft", "policy"})}
+        scored = {role: role_logprobs(roles, role, rollout, tokens) for role in sorted({self._numerator, "base", "sft", "policy"})}
         ours = Responses(rollout, each, scored)
         rewards, same = self._rewards(ours), ours.same_as(theirs)
         told = preference(their_rewards[:, 0], rewards, same)
         told = told[~np.isnan(told)]
         mask, policy = rollout.mask, scored["policy"].double()
-        told_by_policy = role_logprobs(roles, "policy", demonstrations, rows).double()
+        told_by_policy = role_logprobs(roles, "policy", demonstrations, tokens).double()
         nll, likely = -told_by_policy.sum(), masked_mean(told_by_policy.exp(), demonstrations.mask, 1)
         return Look(
             round=round,
@@ -179,8 +179,8 @@ class Guard:
 
         Not before the first look: freezing may round the SFT, and PPO's reward is the frozen one's.
         """
-        demonstrations, rows = self._demonstrations, self._config.ppo.micro_batch_size
-        said = {role: role_logprobs(self._roles, role, demonstrations, rows) for role in (self._numerator, "base")}
+        demonstrations, tokens = self._demonstrations, self._config.ppo.micro_batch_tokens
+        said = {role: role_logprobs(self._roles, role, demonstrations, tokens) for role in (self._numerator, "base")}
         theirs = Responses(demonstrations, 1, said)
         return theirs, self._rewards(theirs)
 
@@ -194,7 +194,7 @@ class Guard:
         if self._preference_model is None:
             return responses.rewards(coherent_reward(self._config.reward), self._numerator)
         rollout = responses.rollout
-        said = self._preference_model.scores(rollout, self._config.ppo.micro_batch_size)
+        said = self._preference_model.scores(rollout, self._config.ppo.micro_batch_tokens)
         scores = preference_reward(self._config.reward)(said, torch.zeros(rollout.mask.shape), rollout.mask, rollout.ended).scores
         return scores.double().numpy().reshape(-1, responses.each)
 

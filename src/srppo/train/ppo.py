@@ -93,7 +93,7 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
     roles.create("policy", "sft")
     learned = ppo.baseline == "critic"
     if learned:
-        roles.create_critic("sft")
+        roles.create_critic("sft", trunk=config.tuning.critic == "own")
     roles.freeze("sft")  # after the copies were taken from its full precision
     state = PPOState(
         Learner(roles.parameters("policy"), ppo.learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon),
@@ -164,7 +164,7 @@ def _gather(setup: PPOSetup, state: PPOState) -> Gathered:
     scored = score(roles, rollout, config, spent, check, setup.preference_model)
     old = None
     if ppo.behaviour_logprobs == "recompute":
-        old = role_logprobs(roles, "policy", rollout, ppo.micro_batch_size)
+        old = role_logprobs(roles, "policy", rollout, ppo.micro_batch_tokens)
         spent.forward_tokens += rollout_tokens(rollout)
     judged = judge(scored, setup.reward, state.beta, old)
     scale = state.scale or ValueScale.of(judged.returns[judged.reward.keep])

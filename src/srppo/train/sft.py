@@ -98,7 +98,7 @@ def train_sft(
         nonlocal done
         done = step
         judged = step in shares or (sft.eval_every and step % sft.eval_every == 0)
-        nll = heldout_nll(roles, "sft", heldout, sft.micro_batch_size, compute) if judged else None
+        nll = heldout_nll(roles, "sft", heldout, sft.micro_batch_tokens, compute) if judged else None
         if nll is not None:
             run.log({"stage": "sft", "step": step, "heldout_nll": nll})
             ticker.advance(step, heldout_loss=nll)

@@ -9,7 +9,7 @@ from srppo.config import SFTConfig
 from srppo.data.batching import micro_batches, step_batch, steps_per_epoch
 from srppo.errors import TrainingStopped
 from srppo.losses.supervised import cross_entropy
-from srppo.masking import example_batch, length_sorted_chunks
+from srppo.masking import example_batch, token_chunks
 from srppo.models.roles import Roles
 from srppo.progress import Progress, Stage
 from srppo.records import Example, LossOutput, TokenBatch
@@ -31,10 +31,10 @@ def planned_steps(examples: Sequence[Example], config: SFTConfig) -> int:
     return config.steps or max(1, round(config.epochs * steps_per_epoch(len(examples), config.batch_size)))
 
 
-def heldout_nll(roles: Roles, role: str, examples: Sequence[Example], rows: int, compute: Compute | None = None) -> float | None:
+def heldout_nll(roles: Roles, role: str, examples: Sequence[Example], tokens: int, compute: Compute | None = None) -> float | None:
     """Mean negative log-likelihood of held-out target tokens, nats a token; None without examples."""
     total, count = 0.0, 0
-    for chunk in length_sorted_chunks([len(e.ids) for e in examples], rows):
+    for chunk in token_chunks([len(e.ids) for e in examples], tokens):
         batch = example_batch([examples[i] for i in chunk], roles.special.pad_id).to(roles.device)
         total -= float(roles.score(role, batch).logprobs.double().sum())
         count += batch.targets
@@ -82,7 +82,7 @@ def train_supervised(
                 b.to(roles.device)
                 for b in micro_batches(
                     rows,
-                    micro_batch_size=config.micro_batch_size,
+                    micro_batch_tokens=config.micro_batch_tokens,
                     pad_id=roles.special.pad_id,
                     batching=config.batching,
                     max_tokens=max_tokens,

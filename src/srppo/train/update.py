@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +16,9 @@ from srppo.config import PPOConfig
 from srppo.errors import TrainingStopped
 from srppo.losses.policy import clipped_surrogate
 from srppo.losses.value import clipped_value_loss
-from srppo.masking import length_sorted_chunks, rollout_batch
+from srppo.models.over_rollout import micro_batches
 from srppo.models.roles import Roles
-from srppo.records import Experience, LossOutput
+from srppo.records import Experience, LossOutput, TokenBatch
 from srppo.rollout.engine import mismatch
 from srppo.seeding import permutation
 from srppo.train.compute import Compute
@@ -29,6 +31,7 @@ class UpdateLog:
 
     values: dict[str, list[float]]
     first_logprobs: list[tuple[Tensor, Tensor]]  # (behaviour, trainer) of the first minibatch
+    seconds: dict[str, float] = field(default_factory=lambda: {"policy": 0.0, "critic": 0.0})  # of the steps of each
     stopped_early: bool = False
 
     def means(self) -> dict[str, float]:
@@ -86,6 +89,7 @@ def update(
             log.stopped_early = epoch + 1 < config.epochs
             break
     out = log.means() | {"policy/steps": float(done if train_policy else 0), "policy/kl_stopped": float(log.stopped_early)}
+    out |= {f"timing/update_{name}": seconds for name, seconds in log.seconds.items()}
     if log.values["val/ratio"]:
         out["val/ratio_var"] = statistics.pvariance(log.values["val/ratio"])
     out["policy/skipped_steps"] = float(policy.total_skips)
@@ -111,52 +115,49 @@ def _minibatch(
 ) -> float:
     """One optimizer step of each learner on a minibatch. Returns its approximate KL, nats a token."""
     rollout, device = experience.rollout, roles.device
-    lengths = rollout.lengths
-    denominator = int(lengths[minibatch].sum())
-    chunks = length_sorted_chunks([len(rollout.prompt_ids[r]) + int(lengths[r]) for r in minibatch], config.micro_batch_size)
-    micros = [[minibatch[i] for i in chunk] for chunk in chunks]
+    denominator = int(rollout.lengths[minibatch].sum())
+    micros = micro_batches(roles, rollout, config.micro_batch_tokens, minibatch)
 
-    def flat(x: Tensor, micro: list[int]) -> Tensor:
-        return x[micro][rollout.mask[micro]].to(device)
+    def flat(x: Tensor, rows: list[int]) -> Tensor:
+        return x[rows][rollout.mask[rows]].to(device)
 
-    def policy_loss(micro: list[int]) -> Callable[[], LossOutput]:
-        def build() -> LossOutput:
-            batch = rollout_batch(rollout, micro, roles.special.pad_id).to(device)
-            compute.trained_tokens += int(batch.attention_mask.sum())
-            scores = roles.score("policy", batch, train=True, entropy=True)
-            logprobs = scores.logprobs
-            if first:
-                log.first_logprobs.append((flat(rollout.behaviour_logprobs, micro).cpu(), logprobs.detach().cpu()))
-            out = clipped_surrogate(logprobs, flat(experience.old_logprobs, micro), flat(experience.advantages, micro), config.clip)
-            if scores.entropy is None:
-                return out
-            return LossOutput(out.loss, {**out.metrics, "entropy": scores.entropy.detach().sum()})
+    def policy_loss(rows: list[int], batch: TokenBatch) -> LossOutput:
+        compute.trained_tokens += int(batch.attention_mask.sum())
+        scores = roles.score("policy", batch, train=True, entropy=config.entropy)
+        if first:
+            log.first_logprobs.append((flat(rollout.behaviour_logprobs, rows).cpu(), scores.logprobs.detach().cpu()))
+        out = clipped_surrogate(scores.logprobs, flat(experience.old_logprobs, rows), flat(experience.advantages, rows), config.clip)
+        if scores.entropy is None:
+            return out
+        return LossOutput(out.loss, {**out.metrics, "entropy": scores.entropy.detach().sum()})
 
-        return build
-
-    def value_loss(micro: list[int]) -> Callable[[], LossOutput]:
-        def build() -> LossOutput:
-            batch = rollout_batch(rollout, micro, roles.special.pad_id).to(device)
+    def value_loss(rows: list[int], batch: TokenBatch) -> LossOutput:
+        if experience.states is None:
             compute.trained_tokens += int(batch.attention_mask.sum())
             values = roles.values(batch, train=True)
-            return clipped_value_loss(values, flat(experience.old_values, micro), flat(experience.returns, micro), config.value_clip)
-
-        return build
+        else:
+            values = roles.values_of(torch.cat([experience.states[r] for r in rows]))
+        return clipped_value_loss(values, flat(experience.old_values, rows), flat(experience.returns, rows), config.value_clip)
 
     approx_kl = 0.0
     if train_policy:
-        step = policy.step((policy_loss(m) for m in micros), denominator)
+        started = time.perf_counter()
+        step = policy.step((partial(policy_loss, *micro) for micro in micros), denominator)
+        log.seconds["policy"] += time.perf_counter() - started
         approx_kl = step.metrics["approxkl"]
         log.values["loss/policy_avg"].append(step.loss)
         log.values["policy/approxkl_avg"].append(approx_kl)
         log.values["policy/approxkl_k3_avg"].append(step.metrics["approxkl_k3"])
         log.values["policy/clipfrac_avg"].append(step.metrics["clipfrac"])
-        log.values["policy/entropy_avg"].append(step.metrics.get("entropy", 0.0))
+        if "entropy" in step.metrics:
+            log.values["policy/entropy_avg"].append(step.metrics["entropy"])
         log.values["policy/grad_norm"].append(step.grad_norm)
         log.values["val/ratio"].append(step.metrics["ratio"])
     if critic is None:
         return approx_kl
-    step = critic.step((value_loss(m) for m in micros), denominator)
+    started = time.perf_counter()
+    step = critic.step((partial(value_loss, *micro) for micro in micros), denominator)
+    log.seconds["critic"] += time.perf_counter() - started
     log.values["loss/value_avg"].append(step.loss)
     log.values["val/clipfrac_avg"].append(step.metrics["clipfrac"])
     log.values["critic/grad_norm"].append(step.grad_norm)
