@@ -59,7 +59,7 @@ def ppo(config: RunConfig, *, stop_at: float = math.inf, resume: bool = False) -
 def records(config: RunConfig) -> list[dict[str, Any]]:
     """The run's metrics without the clock."""
     lines = map(json.loads, (Path(config.output) / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in r.items() if not k.startswith("timing/") and "tokens_per_second" not in k} for r in lines]
+    return [{k: v for k, v in r.items() if not k.startswith(("timing/", "memory/")) and "tokens_per_second" not in k} for r in lines]
 
 
 def peak_at(monkeypatch: pytest.MonkeyPatch, best: int) -> None:

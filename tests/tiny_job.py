@@ -76,7 +76,10 @@ def metrics(folder: str | Path, stage: str = "ppo") -> list[dict[str, Any]]:
 
 
 def without_clock(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if not k.startswith("timing/") and "tokens_per_second" not in k and k != "time"} for r in records]
+    return [
+        {k: v for k, v in r.items() if not k.startswith(("timing/", "memory/")) and "tokens_per_second" not in k and k != "time"}
+        for r in records
+    ]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

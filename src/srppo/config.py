@@ -57,6 +57,8 @@ class RunConfig(Section):
     """Decides data splits, order, sampling and initial values."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; by default OMP_NUM_THREADS, else the cores this process may use, less those that others keep busy."""
+    profile: bool = False
+    """Write a torch.profiler trace of the second PPO round, and a table of its operators, to profile/ in the run folder."""
     model: ModelConfig = ModelConfig()
     tuning: TuningConfig = TuningConfig()
     data: DataConfig = DataConfig()

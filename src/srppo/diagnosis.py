@@ -15,7 +15,7 @@ from srppo.stages import finish, outcome
 from srppo.train.checkpoint import load_own, saved_steps
 from srppo.train.interrupt import Interrupted, StopRequested
 from srppo.train.sft import share_name
-from srppo.workspace import Workspace
+from srppo.workspace import Workspace, metered
 
 STAGE = "diagnose"
 MOVED = "start"  # stages/start.json: which checkpoint the card has put in place of sft/
@@ -61,6 +61,7 @@ def card_outcome(space: Workspace) -> dict[str, Any] | None:
     return done
 
 
+@metered("diagnose")
 def make_card(space: Workspace) -> RewardCard:
     """Make the card and write diagnose.json. The roles are left as they were.
 

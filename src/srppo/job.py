@@ -130,12 +130,15 @@ def run_evaluate(target: str, config: RunConfig | None = None, *, progress: Prog
 def conclude(space: Workspace) -> dict[str, Any]:
     """Write summary.json and report.html from the finished stages, and show the table."""
     summary = summarise(space)
-    from srppo.report import write_report  # plotting is slow to import and needed only here
+    from srppo.report import closing_line, write_report  # plotting is slow to import and needed only here
 
     space.run.write_json("summary.json", summary)
     space.note_cost()
-    write_report(space.run.path)
+    with space.ledger.stage("report"):
+        write_report(space.run.path)
     show(summary, space.progress, stage_titles(space.config.reward.kind))
+    if line := closing_line(space.run.path):
+        space.progress.note(line)
     space.progress.note(f"report: {space.run.path / 'report.html'}")
     return summary
 

@@ -40,6 +40,7 @@ HARMLESS = frozenset(
     {
         "output",
         "threads",
+        "profile",
         "model.device",
         "model.gradient_checkpointing",
         "sft.micro_batch_tokens",

@@ -24,7 +24,7 @@ from srppo.train.interrupt import Interrupted, StopRequested
 from srppo.train.ppo import PPOSetup, train_ppo
 from srppo.train.sft import share_name, train_sft
 from srppo.train.supervised import heldout_nll
-from srppo.workspace import Workspace
+from srppo.workspace import Workspace, metered
 
 _ANSWERS: WeakKeyDictionary[Workspace, Rollout] = WeakKeyDictionary()
 ROLE_OF_STAGE = {"base": "base", "sft": "sft", CONTINUED: CONTINUED, "srppo": "policy"}
@@ -42,6 +42,7 @@ def finish(space: Workspace, name: str, content: dict[str, Any]) -> dict[str, An
     return content
 
 
+@metered("sft")
 def sft_stage(space: Workspace) -> dict[str, Any]:
     """Leave the role `sft` trained. Writes sft/, unless sft.checkpoint names a finished model (the workspace has loaded that)."""
     config, roles, run = space.config, space.loaded.roles, space.run
@@ -68,6 +69,7 @@ def sft_stage(space: Workspace) -> dict[str, Any]:
     return done
 
 
+@metered("ppo")
 def ppo_stage(space: Workspace) -> dict[str, Any]:
     """Leave the role `policy` trained by Self-Rewarding PPO. Writes policy/ and critic/."""
     config, roles, run, loaded = space.config, space.loaded.roles, space.run, space.loaded
@@ -158,6 +160,7 @@ def make_guard(space: Workspace) -> Guard | None:
     )
 
 
+@metered(CONTINUED)
 def continued_stage(space: Workspace, passes: int) -> dict[str, Any]:
     """Leave the role `sft_continued` trained with `passes` token passes. Writes sft_continued/.
 
@@ -187,6 +190,7 @@ def continued_stage(space: Workspace, passes: int) -> dict[str, Any]:
     return done
 
 
+@metered("evaluate")
 def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[str, Any]:
     """Evaluate base, sft, sft_continued or srppo. Writes evaluation/<stage>.jsonl (answers) and stages/evaluate-<stage>.json."""
     config, loaded = space.config, space.loaded

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import functools
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -22,14 +21,19 @@ from srppo.data.sources import read_rows
 from srppo.errors import ConfigError, DataError
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles, build_roles
+from srppo.profiling.ledger import Ledger
+from srppo.profiling.memory import resident
 from srppo.progress import Progress
 from srppo.records import Prompt
 from srppo.rollout.engine import RolloutEngine, Sampling, bias_warning
 from srppo.rollout.torch_engine import TorchEngine, position_limit
 from srppo.run_folder import RunFolder
 from srppo.scoring import Scorer, load_scorer
-from srppo.threads import set_threads
+from srppo.threads import ThreadWatch, Watched, set_threads, torch_threads
 from srppo.train.interrupt import Interrupt
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Workspace:
     started: float  # time.monotonic() at opening
     seconds_before: float  # of the processes that began this run
     peak_before: float  # MiB, of theirs
+    ledger: Ledger  # what each stage cost
 
     def elapsed(self) -> float:
         """Wall seconds of the run so far, resumed ones included."""
@@ -73,12 +78,26 @@ class Workspace:
 
     def peak_rss_mb(self) -> float:
         """Peak resident memory of the run's processes, MiB."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return max(self.peak_before, peak / (1024 * 1024 if sys.platform == "darwin" else 1024))
+        return max(self.peak_before, resident().so_far()[""])
 
     def note_cost(self) -> None:
         """Write what the run cost so far, for the process that resumes it."""
-        self.run.write_json("elapsed.json", {"seconds": self.elapsed(), "peak_rss_mb": self.peak_rss_mb()})
+        cost = {"seconds": self.elapsed(), "peak_rss_mb": self.peak_rss_mb(), "stages": self.ledger.stages}
+        self.run.write_json("elapsed.json", cost)
+
+
+def metered(name: str) -> Callable[[Callable[Concatenate[Workspace, P], R]], Callable[Concatenate[Workspace, P], R]]:
+    """Of a function that is a stage of a run: its seconds and peak memory go into the run's ledger."""
+
+    def decorate(stage: Callable[Concatenate[Workspace, P], R]) -> Callable[Concatenate[Workspace, P], R]:
+        @functools.wraps(stage)
+        def measured(space: Workspace, *args: P.args, **options: P.kwargs) -> R:
+            with space.ledger.stage(name):
+                return stage(space, *args, **options)
+
+        return measured
+
+    return decorate
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -113,16 +132,22 @@ def open_workspace(
     """
     started = time.monotonic()
     progress.note(set_threads(config.threads))
+    progress = Watched(progress, ThreadWatch(progress.warn, torch_threads))
     text = dump(config)
     RunFolder.check(config.output, resume=resume, overwrite=overwrite, config_yaml=text, may_differ=may_differ)
     check_inputs(config)
     judging = ppo and config.reward.kind == "preference_model" and config.ppo.iterations > 0
     if resume and (Path(config.output) / "stages/ppo.json").is_file():
         judging = False  # PPO is done
-    loaded = _load(config, progress, judging)  # before the folder is touched: a wrong model or file leaves no trace
+    loading = Ledger()
+    with loading.stage("load"):
+        loaded = _load(config, progress, judging)  # before the folder is touched: a wrong model or file leaves no trace
     with RunFolder.open(config.output, text, resume=resume, overwrite=overwrite, may_differ=may_differ) as run, Interrupt() as interrupt:
         before = run.read_json("elapsed.json") if run.has("elapsed.json") else {}
-        space = Workspace(config, run, progress, interrupt, loaded, started, before.get("seconds", 0.0), before.get("peak_rss_mb", 0.0))
+        ledger = Ledger(before.get("stages"))
+        ledger.add(loading)
+        spent = (before.get("seconds", 0.0), before.get("peak_rss_mb", 0.0))
+        space = Workspace(config, run, progress, interrupt, loaded, started, *spent, ledger)
         run.write_json("data.json", loaded.data_summary)
         try:
             yield space

@@ -8,6 +8,9 @@ from srppo.files import write_bytes, write_errors
 from srppo.report.page import render
 from srppo.report.plots import draw_all
 from srppo.report.record import read_run
+from srppo.report.speed import closing_line
+
+__all__ = ["closing_line", "write_report"]
 
 
 def write_report(run_folder: str | Path) -> Path:

@@ -14,6 +14,7 @@ from srppo.report.compare import difference
 from srppo.report.plots import Plot, readable
 from srppo.report.record import Record
 from srppo.report.reward_card import card_view
+from srppo.report.speed import speed_view
 from srppo.text import clean, duration, number, percent
 from srppo.titles import STAGES
 
@@ -40,6 +41,7 @@ def render(record: Record, plots: list[Plot]) -> str:
         headline=_headline(record),
         card=card_view(record.card, shown),
         retention=_retention(record),
+        speed=speed_view(record),
         images=images,
         curves=[name for name in ("accuracy", "reward", "kl", "length", "guard", "loss") if name in images],
         answers=_answers(record),

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from srppo.report.record import Record
+from srppo.report.speed import PHASES
 from srppo.titles import STAGES
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -178,6 +179,23 @@ def draw_loss(record: Record) -> Figure | None:
     return figure if drawn else None
 
 
+def draw_speed(record: Record) -> Figure | None:
+    """Seconds of each round, its phases on top of each other. The round that a profiler slowed down is left out."""
+    rows = [r for r in record.metrics if r.get("stage") == "ppo" and "timing/update" in r and not r.get("timing/profiled")]
+    x = [float(r.get("iteration") or 0) for r in rows]
+    if not rows:
+        return None
+    figure, axes = _axes("Time of the rounds", "PPO iteration", "seconds")
+    below = [0.0] * len(rows)
+    for (phase, title), colour in zip(PHASES.items(), COLOURS):
+        seconds = [float(r.get(f"timing/{phase}") or 0.0) for r in rows]
+        if any(seconds):
+            axes.bar(x, seconds, bottom=below, width=0.85, color=colour, label=title)
+            below = [a + b for a, b in zip(below, seconds)]
+    _legend(axes)
+    return figure
+
+
 def _either(record: Record, stage: str, keys: tuple[str, ...]) -> tuple[list[float], list[float]]:
     return next((s for s in (record.series(stage, k) for k in keys) if s[0]), ([], []))
 
@@ -199,5 +217,6 @@ PLOTS: dict[str, tuple[Callable[[Record], Figure | None], str]] = {
     "reward": (draw_reward, "The coherent reward. It must rise; that it rises does not say that the answers get better."),
     "kl": (draw_kl, "A KL that grows without end means β is too small for the number of iterations."),
     "length": (draw_length, "Length follows reward where the reward has a length bias."),
+    "speed": (draw_speed, "Where the time of each round went. A checkpoint counts for the round after it."),
     "loss": (draw_loss, "Cross-entropy of the demonstrations' responses. Held-out loss that rises again is overfitting."),
 }

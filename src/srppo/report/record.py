@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Record:
     answers: dict[str, list[dict[str, Any]]]  # stage -> one row a prompt, of its evaluation
     card: dict[str, Any]  # the reward card, diagnose.json; runs may well have none
     missing: list[str]  # in words
+    elapsed: dict[str, Any] = field(default_factory=dict)  # what the run cost, elapsed.json; of older runs without stages
 
     @property
     def titles(self) -> dict[str, str]:
@@ -97,6 +98,7 @@ def read_run(path: str | Path) -> Record:
         answers,
         _json(card, "", missing) if card.exists() else {},
         missing + _absent_stages(summary),
+        _json(path / "elapsed.json", "", []),
     )
 
 

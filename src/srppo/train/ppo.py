@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from srppo.config import RunConfig
@@ -15,6 +15,8 @@ from srppo.methods.srppo import coherent_reward, first_beta, next_beta
 from srppo.models.over_rollout import role_logprobs, rollout_tokens
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
+from srppo.profiling.phases import Phases
+from srppo.profiling.trace import traced
 from srppo.progress import Progress
 from srppo.records import Experience, Prompt
 from srppo.rewards import CoherentReward, PreferenceReward
@@ -25,7 +27,8 @@ from srppo.train.compute import Compute
 from srppo.train.experience import Judged, ValueScale, collect, deal_prompts, judge, make_experience, round_metrics, score
 from srppo.train.guard import Guard
 from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
-from srppo.train.learner import Learner, scheduled_lr
+from srppo.train.learner import scheduled_lr
+from srppo.train.speed import TimedLearner, rates, snapshot
 from srppo.train.update import update
 
 SAMPLES_KEPT = 8  # rollouts a round written to samples.jsonl
@@ -56,16 +59,17 @@ class PPOSetup:
 class PPOState:
     """What changes over the rounds beside the weights."""
 
-    policy: Learner
-    critic: Learner | None  # None with baseline group
+    policy: TimedLearner
+    critic: TimedLearner | None  # None with baseline group
     beta: float  # KL coefficient of the next round
+    phases: Phases  # what the round costs
     iteration: int = 0  # finished rounds
     episodes: int = 0
     scale: ValueScale | None = None  # the critic's units, from the first round
     guard: Guard | None = None
 
     @property
-    def learners(self) -> list[Learner]:
+    def learners(self) -> list[TimedLearner]:
         return [self.policy, self.critic] if self.critic else [self.policy]
 
 
@@ -77,8 +81,8 @@ class Gathered:
     judged: Judged
     experience: Experience
     scale: ValueScale  # the critic's units in this round
-    spent: Compute
-    clock: list[float]  # when it began, when the rollouts were there, when they were scored
+    collected: Compute  # the rollouts' cost
+    spent: Compute  # that and the scoring's
 
 
 def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], guard: Guard | None = None) -> PPOState:
@@ -96,9 +100,10 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
         roles.create_critic("sft", trunk=config.tuning.critic == "own")
     roles.freeze("sft")  # after the copies were taken from its full precision
     state = PPOState(
-        Learner(roles.parameters("policy"), ppo.learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon),
-        Learner(roles.critic_parameters(), ppo.critic_learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon) if learned else None,
+        TimedLearner(roles.parameters("policy"), ppo.learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon),
+        TimedLearner(roles.critic_parameters(), ppo.critic_learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon) if learned else None,
         first_beta(config.reward),
+        Phases(roles.device),
         guard=guard,
     )
     steps = saved_steps(folder)
@@ -108,8 +113,11 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
         state.guard.begin(None)
     run.truncate_metrics(state.iteration if steps else -1, "ppo")
 
+    phases, begun_at = state.phases, state.iteration
+
     def save() -> None:
-        save_checkpoint(folder, _checkpoint(setup, state), ppo.keep_checkpoints)
+        with phases("checkpoint"):
+            save_checkpoint(folder, _checkpoint(setup, state), ppo.keep_checkpoints)
         if state.guard:
             state.guard.tidy()
 
@@ -119,15 +127,23 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
     try:
         with setup.progress.stage("PPO", ppo.iterations, "rounds", state.iteration) as ticker:
             if state.guard and not state.guard.looks:  # at the SFT; a record of its own, as there is no round
-                run.log({"stage": "ppo", "step": 0, **state.guard.look(0)})
+                with phases("guard"):
+                    metrics = state.guard.look(0)
+                run.log({"stage": "ppo", "step": 0, **metrics, **phases.take()})
             while not over():
                 setup.interrupt.check()
-                metrics = _round(setup, state)
+                number = state.iteration + 1
+                profiled = config.profile and number == min(begun_at + 2, ppo.iterations)  # the first warms up
+                with traced(run.path / "profile", f"round-{number}", setup.progress.warn) if profiled else nullcontext():
+                    metrics = _round(setup, state)
                 iteration, every = state.iteration, config.evaluation.every
                 if every and iteration % every == 0 and iteration < ppo.iterations:
-                    metrics |= evaluate(iteration)
+                    with phases("evaluate"):
+                        metrics |= evaluate(iteration)
                 if state.guard and state.guard.due(iteration):
-                    metrics |= state.guard.look(iteration)
+                    with phases("guard"):
+                        metrics |= state.guard.look(iteration)
+                metrics |= phases.take() | ({"timing/profiled": 1.0} if profiled else {})
                 run.log({"stage": "ppo", "iteration": iteration, **metrics})
                 ticker.advance(iteration, **_shown(metrics))
                 if over() or (ppo.checkpoint_every and iteration % ppo.checkpoint_every == 0):
@@ -157,20 +173,22 @@ def _round(setup: PPOSetup, state: PPOState) -> dict[str, float]:
 def _gather(setup: PPOSetup, state: PPOState) -> Gathered:
     """The next round's rollouts, scored and made into experience."""
     roles, config, check, ppo, iteration = setup.roles, setup.config, setup.interrupt.check, setup.config.ppo, state.iteration + 1
-    clock, spent = [time.perf_counter()], Compute()  # counted when the round is finished: a stopped one is done again
+    phases, spent = state.phases, Compute()  # counted when the round is finished: a stopped one is done again
     dealt = [setup.prompts[i] for i in deal_prompts(len(setup.prompts), ppo.prompts_per_iteration, config.seed, iteration)]
-    rollout = collect(roles, setup.engine, dealt, setup.sampling, ppo.samples_per_prompt, config.seed, iteration, spent, lambda *_: check())
-    clock.append(time.perf_counter())
-    scored = score(roles, rollout, config, spent, check, setup.preference_model)
-    old = None
-    if ppo.behaviour_logprobs == "recompute":
-        old = role_logprobs(roles, "policy", rollout, ppo.micro_batch_tokens)
-        spent.forward_tokens += rollout_tokens(rollout)
-    judged = judge(scored, setup.reward, state.beta, old)
-    scale = state.scale or ValueScale.of(judged.returns[judged.reward.keep])
-    experience = make_experience(scored, judged, state.beta, scale, config)
-    clock.append(time.perf_counter())
-    return Gathered(dealt, judged, experience, scale, spent, clock)
+    samples = ppo.samples_per_prompt
+    with phases("rollout"):
+        rollout = collect(roles, setup.engine, dealt, setup.sampling, samples, config.seed, iteration, spent, lambda *_: check())
+    collected = snapshot(spent)
+    with phases("score"):
+        scored = score(roles, rollout, config, spent, check, setup.preference_model)
+        old = None
+        if ppo.behaviour_logprobs == "recompute":
+            old = role_logprobs(roles, "policy", rollout, ppo.micro_batch_tokens)
+            spent.forward_tokens += rollout_tokens(rollout)
+        judged = judge(scored, setup.reward, state.beta, old)
+        scale = state.scale or ValueScale.of(judged.returns[judged.reward.keep])
+        experience = make_experience(scored, judged, state.beta, scale, config)
+    return Gathered(dealt, judged, experience, scale, collected, spent)
 
 
 def _learn(setup: PPOSetup, state: PPOState, gathered: Gathered) -> dict[str, float]:
@@ -190,19 +208,19 @@ def _learn(setup: PPOSetup, state: PPOState, gathered: Gathered) -> dict[str, fl
     if state.critic:
         state.critic.set_lr(critic_lr)
     train_policy = state.critic is None or iteration > ppo.critic_warmup
-    metrics |= update(
-        setup.roles,
-        experience,
-        state.policy,
-        state.critic,
-        ppo,
-        seed=config.seed,
-        iteration=iteration,
-        train_policy=train_policy,
-        compute=spent,
-        warn=setup.progress.warn,
-    )
-    clock = [*gathered.clock, time.perf_counter()]
+    with state.phases("update"):
+        metrics |= update(
+            setup.roles,
+            experience,
+            state.policy,
+            state.critic,
+            ppo,
+            seed=config.seed,
+            iteration=iteration,
+            train_policy=train_policy,
+            compute=spent,
+            warn=setup.progress.warn,
+        )
     state.iteration = iteration
     if trainable:  # else the next round sets the units
         state.scale = gathered.scale
@@ -210,17 +228,16 @@ def _learn(setup: PPOSetup, state: PPOState, gathered: Gathered) -> dict[str, fl
     state.episodes += len(rollout.prompt_ids)
     if train_policy:
         state.beta = next_beta(config.reward, beta, metrics["objective/kl"], len(rollout.prompt_ids))
-    seconds = {name: b - a for name, a, b in zip(("rollout", "score", "update"), clock, clock[1:])}
+    seconds = {name: state.phases.seconds(name) for name in ("rollout", "score", "update")}
     setup.run.samples(iteration, _samples(gathered, setup.decode))
     return metrics | {
         "objective/beta": beta,
         "lr": lr if train_policy else 0.0,
-        **({"critic/lr": critic_lr} if state.critic else {}),
+        **({"critic/lr": critic_lr, "timing/critic": state.critic.take_seconds()} if state.critic else {}),
+        "timing/policy": state.policy.take_seconds(),
         "episode": float(state.episodes),
         "compute/passes": float(setup.compute.passes),
-        "tokens_per_second": float(rollout.mask.sum()) / max(sum(seconds.values()), 1e-9),
-        "rollout/tokens_per_second": float(rollout.mask.sum()) / max(seconds["rollout"], 1e-9),
-        **{f"timing/{name}": value for name, value in seconds.items()},
+        **rates(int(rollout.mask.sum()), seconds, gathered.collected, spent),
     }
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -31,7 +30,6 @@ class UpdateLog:
 
     values: dict[str, list[float]]
     first_logprobs: list[tuple[Tensor, Tensor]]  # (behaviour, trainer) of the first minibatch
-    seconds: dict[str, float] = field(default_factory=lambda: {"policy": 0.0, "critic": 0.0})  # of the steps of each
     stopped_early: bool = False
 
     def means(self) -> dict[str, float]:
@@ -89,7 +87,6 @@ def update(
             log.stopped_early = epoch + 1 < config.epochs
             break
     out = log.means() | {"policy/steps": float(done if train_policy else 0), "policy/kl_stopped": float(log.stopped_early)}
-    out |= {f"timing/update_{name}": seconds for name, seconds in log.seconds.items()}
     if log.values["val/ratio"]:
         out["val/ratio_var"] = statistics.pvariance(log.values["val/ratio"])
     out["policy/skipped_steps"] = float(policy.total_skips)
@@ -141,9 +138,7 @@ def _minibatch(
 
     approx_kl = 0.0
     if train_policy:
-        started = time.perf_counter()
         step = policy.step((partial(policy_loss, *micro) for micro in micros), denominator)
-        log.seconds["policy"] += time.perf_counter() - started
         approx_kl = step.metrics["approxkl"]
         log.values["loss/policy_avg"].append(step.loss)
         log.values["policy/approxkl_avg"].append(approx_kl)
@@ -155,9 +150,7 @@ def _minibatch(
         log.values["val/ratio"].append(step.metrics["ratio"])
     if critic is None:
         return approx_kl
-    started = time.perf_counter()
     step = critic.step((partial(value_loss, *micro) for micro in micros), denominator)
-    log.seconds["critic"] += time.perf_counter() - started
     log.values["loss/value_avg"].append(step.loss)
     log.values["val/clipfrac_avg"].append(step.metrics["clipfrac"])
     log.values["critic/grad_norm"].append(step.grad_norm)
