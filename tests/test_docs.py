@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-METRIC = re.compile(r'"((?:objective|policy|critic|val|loss|completions|rollout|compute)/[a-z_]+)"')
+METRIC = re.compile(
+    r'"((?:(?:objective|policy|critic|val|loss|completions|rollout|compute|timing|memory|score|update)/[a-z_]+)|padding_share)"'
+)
 
 
 def test_every_metric_is_defined() -> None:

@@ -56,7 +56,7 @@ class RunConfig(Section):
     seed: int = 0
     """Decides data splits, order, sampling and initial values."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads; by default OMP_NUM_THREADS, else the cores this process may use, less those that others keep busy."""
+    """CPU threads; by default OMP_NUM_THREADS, else the cores that affinity and cgroup quota leave, less those that others keep busy."""
     profile: bool = False
     """Write a torch.profiler trace of the second PPO round, and a table of its operators, to profile/ in the run folder."""
     model: ModelConfig = ModelConfig()
