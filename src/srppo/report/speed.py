@@ -133,8 +133,8 @@ def _waiting(speed: Speed, config: dict[str, Any], hardware: dict[str, Any]) -> 
     threads = hardware.get("threads")
     fewer = "; fewer threads (`threads: 1`) are often far faster then" if _number(threads) and threads > 1 else ""
     return [
-        f"For {percent(speed.waited, 0)} of the time that this run wanted a core it had none, as other processes were busy: the figures "
-        f"here are of the shared machine, not of the machine{fewer}."
+        f"For {percent(speed.waited, 0)} of the time that this run wanted a core it had none, as other processes were busy: alone on the "
+        f"machine it would be faster than these figures say{fewer}."
     ]
 
 
@@ -155,7 +155,7 @@ def _critic(speed: Speed, config: dict[str, Any], _: dict[str, Any]) -> list[str
         return []
     return [
         f"The critic's steps take {percent(speed.share('critic'), 0)} of PPO's time: ppo.baseline: group needs no critic "
-        "(with several samples a prompt)."
+        "(but several samples a prompt, and its advantages are noisier)."
     ]
 
 
