@@ -65,7 +65,7 @@ class SampledPeak:
 
     def __init__(self, statm: Path = Path("/proc/self/statm")):
         self._statm, self._page = statm, mmap.PAGESIZE / MIB
-        self._highest = self._now()
+        self._highest, self._lock = self._now(), threading.Lock()
         threading.Thread(target=self._sample, name="srppo-memory", daemon=True).start()
 
     def _now(self) -> float:
@@ -75,13 +75,16 @@ class SampledPeak:
         pause = threading.Event()
         while not pause.wait(SAMPLED_EVERY):
             with contextlib.suppress(OSError):
-                self._highest = max(self._highest, self._now())
+                self.peak()
 
     def peak(self) -> dict[str, float]:
-        return {"": max(self._highest, self._now())}
+        with self._lock:  # else a look that began before a reset would bring the old peak back
+            self._highest = max(self._highest, self._now())
+            return {"": self._highest}
 
     def reset(self) -> None:
-        self._highest = self._now()
+        with self._lock:
+            self._highest = self._now()
 
 
 class WholePeak:
