@@ -50,11 +50,26 @@ def grouped_attention(
 
 
 def decode_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' sdpa_mask; in decode steps on a device apart without the check for an all-true mask, which waits for the device."""
-    padding = kwargs.get("attention_mask")
-    if kwargs.get("q_length") == 1 and padding is not None and padding.device.type != "cpu":
-        kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, **kwargs)
+    """transformers' sdpa_mask, and for one query a row a shorter way to the same mask, whichever side the padding is on.
+
+    The query is the row's last token, so it sees every token of its row, or of those the last `local_size`.
+    On a device apart it is made without the check for an all-true mask, which waits for the device.
+    """
+    tokens = kwargs.get("attention_mask")  # [R, L]
+    whole = tokens is not None and tokens.shape[1] == kwargs["kv_length"] and not kwargs.get("kv_offset")
+    chunks = getattr(kwargs.get("config"), "attention_chunk_size", None)  # local_size is then of another kind
+    if kwargs["q_length"] != 1 or not whole or chunks or kwargs.get("use_vmap"):
+        if kwargs["q_length"] == 1 and tokens is not None and tokens.device.type != "cpu":
+            kwargs["allow_is_causal_skip"] = False
+        return sdpa_mask(*args, **kwargs)
+    assert tokens is not None
+    seen, window = tokens.bool(), kwargs.get("local_size")
+    if window is not None:
+        numbers = seen.cumsum(-1)
+        seen = seen & (numbers > numbers[:, -1:] - window)
+    if seen.device.type == "cpu" and bool(seen.all()):
+        return None
+    return seen[:, None, None, :]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,9 +18,10 @@ from transformers.cache_utils import DynamicCache
 from srppo.rollout.cache import all_growing, join, new_cache, select
 from srppo.rollout.engine import Sampling
 from srppo.rollout.sampling import draw
+from srppo.rollout.stats import DecodeStats
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 PREFILL_TOKENS = 8192  # prompt tokens, padding included, in one forward pass: bounds the memory of long prompts
 LEAVING_SHARE = 8  # ended rows leave once they are one in so many: moving the cache costs about two steps' attention
@@ -40,6 +42,7 @@ class Step(Protocol):
 
     pad_id: int
     device: torch.device
+    config: PretrainedConfig  # of its attention; several models' is alike
 
     def new_cache(self) -> DynamicCache: ...
 
@@ -90,27 +93,43 @@ def passes(lengths: Sequence[int], tokens: int) -> list[slice]:
     return [*cuts, slice(start, len(lengths))]
 
 
-def prefill(model: Step, prompts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache, Tensor]:
-    """Read R prompts, of which equal ones stand side by side and are read once, in passes of at most PREFILL_TOKENS.
+@dataclass(frozen=True)
+class Read:
+    """Distinct prompts after their forward pass."""
 
-    Returns the cache of R rows and the logits [R, V] that follow the prompts.
+    cache: DynamicCache  # of the distinct prompts, left-padded
+    rows: Tensor  # [R] for each prompt that was asked for, in order, its number in the cache
+    logits: Tensor  # [R, V] that follow the prompts
+
+
+def read(model: Step, prompts: Sequence[tuple[int, ...]], stats: DecodeStats) -> Iterator[Read]:
+    """Read prompts, of which equal ones stand side by side and are read once, in passes of at most PREFILL_TOKENS.
+
+    The R of all passes together are the prompts, in their order.
     """
     counts = Counter(prompts)  # keeps the order
     distinct, repeats = list(counts), torch.tensor(list(counts.values()))
     # recurrent states, which some layers keep, cannot be joined
     runs = passes([len(p) for p in distinct], PREFILL_TOKENS) if all_growing(model.new_cache()) else [slice(None)]
-    caches, logits, rows = [], [], []
     for run in runs:
         ids, attention, positions = left_padded(distinct[run], model.pad_id, model.device)
-        caches.append(model.new_cache())
-        scores = model(ids, attention, positions, caches[-1])
-        rows.append(torch.arange(len(ids)).repeat_interleave(repeats[run]).to(model.device))
-        logits.append(scores.index_select(0, rows[-1]))
-    if len(runs) > 1:
-        return join(caches, rows, max(map(len, distinct))), torch.cat(logits)
-    if len(distinct) < len(prompts):
-        select(caches[0], rows[0])
-    return caches[0], logits[0]
+        cache = model.new_cache()
+        scores = model(ids, attention, positions, cache)
+        tokens = sum(len(p) for p in distinct[run])
+        stats.prefill_tokens += tokens
+        stats.padding_tokens += ids.numel() - tokens
+        rows = torch.arange(len(ids)).repeat_interleave(repeats[run]).to(model.device)
+        yield Read(cache, rows, scores.index_select(0, rows))
+
+
+def prefill(model: Step, prompts: Sequence[tuple[int, ...]], stats: DecodeStats) -> tuple[DynamicCache, Tensor]:
+    """`read` in one: the cache of R rows and the logits [R, V] that follow the prompts."""
+    parts = list(read(model, prompts, stats))
+    if len(parts) > 1:
+        return join([p.cache for p in parts], [p.rows for p in parts], max(map(len, prompts))), torch.cat([p.logits for p in parts])
+    if len(parts[0].rows) > len(set(prompts)):
+        select(parts[0].cache, parts[0].rows)
+    return parts[0].cache, parts[0].logits
 
 
 def decode(
@@ -120,8 +139,11 @@ def decode(
     eos_ids: Sequence[int],
     sampling: Sampling,
     on_ended: Callable[[int], None],
+    stats: DecodeStats,
 ) -> tuple[Tensor, Tensor]:
-    """Sample a response to each of R prompts, equal ones side by side.
+    """Sample a response to each of R prompts, equal ones side by side, in one batch that only gets smaller.
+
+    The way of models with recurrent layers, whose rows have to be of one age (refill.py has the other).
 
     uniforms: [R, T] float64 on the model's device, unused when greedy. on_ended(n): n more rows have ended.
     Returns tokens [R, T] int64 and their untempered log-probabilities [R, T] float32; what follows a row's first EOS is without meaning.
@@ -140,7 +162,7 @@ def decode(
     reported = 0
     every = checks_every(device)
 
-    cache, logits = prefill(model, prompts)
+    cache, logits = prefill(model, prompts, stats)
     for step in range(limit):
         token, logprob = draw(logits, uniforms[rows, step], sampling)
         tokens[rows, step], logprobs[rows, step] = token, logprob
@@ -161,6 +183,7 @@ def decode(
                 select(cache, stay, first)
                 rows, ended, token, positions = rows[stay], ended[stay], token[stay], positions[stay]
                 attention, pads, width = attention[stay, first:], pads[stay] - first, width - first
+        stats.row_steps += len(rows)
         logits = model(token[:, None], attention[:, : width + step + 1], positions, cache)
         positions = positions + 1
     on_ended(len(prompts) - reported)

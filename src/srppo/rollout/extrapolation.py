@@ -84,7 +84,7 @@ class CombinedToken:
 
     def __init__(self, parts: Sequence[tuple[float, NextToken, Callable[[], AbstractContextManager[object]]]]):
         self.parts = parts
-        self.pad_id, self.device = parts[0][1].pad_id, parts[0][1].device
+        self.pad_id, self.device, self.config = parts[0][1].pad_id, parts[0][1].device, parts[0][1].config
         self.layers = [len(part.new_cache().layers) for _, part, _ in parts]
 
     def new_cache(self) -> DynamicCache:

@@ -1,12 +1,13 @@
 """The embedded rollout engine: PyTorch and the transformers model itself, on any device.
 
-Rows are sorted by prompt length into decode batches; a prompt that several rows share is read once; rows that end leave
-their batch. Prompts are padded at the left in here only.
+Rows wait in the order of their prompt lengths; a prompt that several rows share is read once; a row that ends makes room
+for the next one. Prompts are padded at the left in here only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from srppo.records import Rollout
 from srppo.rollout.attention import grouped
 from srppo.rollout.decode import NextToken, Step, decode, unwrapped
 from srppo.rollout.engine import Progress, Sampling
+from srppo.rollout.refill import decode_refilled
+from srppo.rollout.slots import fits
+from srppo.rollout.stats import DecodeStats
 from srppo.seeding import row_uniforms
 
 if TYPE_CHECKING:
@@ -33,14 +37,18 @@ class TorchEngine:
 
     special: pad id (any valid one: padding is masked) and the EOS ids, of which the first sampled ends a response.
     batch_size: rows decoded at once; wide is fast, memory grows with it. autocast: none, or bfloat16 matrix products except on a CPU.
+    cuda_graphs: on a CUDA device replay the steps as graphs. refill: let rows that have ended be replaced while the others go on
+    (off only to compare, and for models with recurrent layers, where it cannot be).
+    last: what the last `generate` cost.
     """
 
-    def __init__(self, special: SpecialTokens, batch_size: int, autocast: str = "none"):
+    def __init__(self, special: SpecialTokens, batch_size: int, autocast: str = "none", *, cuda_graphs: bool = False, refill: bool = True):
         if batch_size < 1:
             raise ConfigError(f"rollout.batch_size is {batch_size}; at least one row is decoded at once")
         if autocast not in AUTOCAST:
             raise ConfigError(f"model.autocast is {autocast!r}; it is one of {', '.join(AUTOCAST)}")
         self.special, self.batch_size, self.autocast = special, batch_size, AUTOCAST[autocast]
+        self.cuda_graphs, self.refill, self.last = cuda_graphs, refill, DecodeStats()
 
     def generate(
         self,
@@ -91,12 +99,25 @@ class TorchEngine:
             if on_progress is not None and count:
                 on_progress(ended_rows, len(rows))
 
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            uniforms = row_uniforms([seeds[r] for r in batch], limit).to(step.device)
-            sampled, scores = decode(step, [rows[r] for r in batch], uniforms, self.special.eos_ids, sampling, advance)
-            tokens[batch], logprobs[batch] = sampled.cpu(), scores.cpu()
-        return _record(rows, prompt_index, tokens, logprobs, self.special.eos_ids)
+        began, stats, eos_ids = time.perf_counter(), DecodeStats(), self.special.eos_ids
+        ordered = [rows[r] for r in order]
+        drawn = row_uniforms([seeds[r] for r in order], limit) if rows else torch.zeros(0, limit)
+        if self.refill and rows and fits(step.new_cache(), step.config):
+            static = self.cuda_graphs and step.device.type == "cuda"
+            sampled, scores = decode_refilled(
+                step, ordered, drawn.to(step.device), eos_ids, sampling, self.batch_size, advance, stats, static
+            )
+            tokens[order], logprobs[order] = sampled.cpu(), scores.cpu()
+        else:
+            for start in range(0, len(order), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                sampled, scores = decode(step, ordered[part], drawn[part].to(step.device), eos_ids, sampling, advance, stats)
+                tokens[order[part]], logprobs[order[part]] = sampled.cpu(), scores.cpu()
+        rollout = _record(rows, prompt_index, tokens, logprobs, eos_ids)
+        stats.idle_row_steps = stats.row_steps - (int(rollout.mask.sum()) - len(rows))
+        stats.seconds = time.perf_counter() - began
+        self.last = stats
+        return rollout
 
     @contextlib.contextmanager
     def generating(self, model: PreTrainedModel) -> Iterator[None]:
