@@ -73,7 +73,8 @@ def generate_text(
         asked += _from_file(file, chat, config)
     index = [i for i in range(len(asked)) for _ in range(samples)]
     seeds = [stream_seed(seed, "generate", i, s) for i in range(len(asked)) for s in range(samples)]
-    engine = TorchEngine(roles.special, config.rollout.batch_size, config.model.autocast)
+    fast = {"cuda_graphs": config.rollout.cuda_graphs, "merge_adapters": config.rollout.merge_adapters}
+    engine = TorchEngine(roles.special, config.rollout.batch_size, config.model.autocast, **fast)
     with roles.use(role) as network:
         room = position_limit(network.config)
         longest = max((len(rendered.ids) for _, rendered in asked), default=0)

@@ -211,6 +211,10 @@ class RolloutConfig(Section):
     """Sample among the k likeliest tokens; 0 is off; otherwise the ratio is biased."""
     batch_size: int = Field(default=64, ge=1)
     """Rows decoded at once. Wide is fast; memory grows with it."""
+    cuda_graphs: bool = False
+    """Replay decode steps as CUDA graphs, with a warning and plain steps where a model forbids it. No effect elsewhere."""
+    merge_adapters: bool = True
+    """Compute rollouts with LoRA adapters merged into a second copy of the adapted weights; base is not written. float32 weights only."""
 
 
 class PPOConfig(Section):

@@ -194,7 +194,8 @@ def _load(config: RunConfig, progress: Progress, judging: bool) -> Loaded:
         scorer("", judged_prompts[0].fields)  # a scorer that misses a field says so now, not after hours
     _try_roles(config, roles)
     sizes = (config.rollout.batch_size, evaluation.batch_size)
-    engine, judge = (TorchEngine(roles.special, rows, config.model.autocast) for rows in sizes)
+    fast = {"cuda_graphs": config.rollout.cuda_graphs, "merge_adapters": config.rollout.merge_adapters}
+    engine, judge = (TorchEngine(roles.special, rows, config.model.autocast, **fast) for rows in sizes)
     preference_model = None
     if judging:
         everyone = [*prompts, *demonstrations.heldout_prompts]

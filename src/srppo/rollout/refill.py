@@ -40,7 +40,7 @@ class Lanes:
         self.all_columns = torch.arange(places.capacity, device=device)
 
     def advance(self) -> None:
-        """One more token for the R slots in use. Its shapes depend on places.rows and places.seen alone, and it never waits for the device."""
+        """One more token for the R slots in use. Its shapes depend on places.rows and places.seen alone; it never waits for the device."""
         places = self.places
         now = slice(places.rows)
         columns = places.columns[now]

@@ -19,6 +19,7 @@ from srppo.records import Rollout
 from srppo.rollout.attention import grouped
 from srppo.rollout.decode import NextToken, Step, decode, unwrapped
 from srppo.rollout.engine import Progress, Sampling
+from srppo.rollout.merging import merged
 from srppo.rollout.refill import decode_refilled
 from srppo.rollout.slots import fits
 from srppo.rollout.stats import DecodeStats
@@ -37,18 +38,27 @@ class TorchEngine:
 
     special: pad id (any valid one: padding is masked) and the EOS ids, of which the first sampled ends a response.
     batch_size: rows decoded at once; wide is fast, memory grows with it. autocast: none, or bfloat16 matrix products except on a CPU.
-    cuda_graphs: on a CUDA device replay the steps as graphs. refill: let rows that have ended be replaced while the others go on
-    (off only to compare, and for models with recurrent layers, where it cannot be).
+    cuda_graphs: on a CUDA device replay the steps as graphs. merge_adapters: see merging.py; not under autocast.
+    refill: let rows that have ended be replaced while the others go on (off to compare; never with recurrent layers).
     last: what the last `generate` cost.
     """
 
-    def __init__(self, special: SpecialTokens, batch_size: int, autocast: str = "none", *, cuda_graphs: bool = False, refill: bool = True):
+    def __init__(
+        self,
+        special: SpecialTokens,
+        batch_size: int,
+        autocast: str = "none",
+        *,
+        cuda_graphs: bool = False,
+        merge_adapters: bool = True,
+        refill: bool = True,
+    ):
         if batch_size < 1:
             raise ConfigError(f"rollout.batch_size is {batch_size}; at least one row is decoded at once")
         if autocast not in AUTOCAST:
             raise ConfigError(f"model.autocast is {autocast!r}; it is one of {', '.join(AUTOCAST)}")
         self.special, self.batch_size, self.autocast = special, batch_size, AUTOCAST[autocast]
-        self.cuda_graphs, self.refill, self.last = cuda_graphs, refill, DecodeStats()
+        self.cuda_graphs, self.merge_adapters, self.refill, self.last = cuda_graphs, merge_adapters, refill, DecodeStats()
 
     def generate(
         self,
@@ -65,7 +75,8 @@ class TorchEngine:
         Raises DataError for an empty prompt or one that leaves no room for max_new_tokens within the model's positions,
         ModelError when the model gives NaN or infinite logits.
         """
-        with self.generating(model):
+        merge = self.merge_adapters and (self.autocast is None or model.device.type == "cpu")
+        with self.generating(model), merged(unwrapped(model)) if merge else contextlib.nullcontext():
             step, room = NextToken(model, self.special.pad_id), position_limit(unwrapped(model).config)
             return self.generate_by(step, room, prompts, seeds, sampling, prompt_index, on_progress)
 
