@@ -47,7 +47,7 @@ def some_prompts(count: int = 40) -> list[list[int]]:
     return half + half
 
 
-def generate(model: PreTrainedModel, batch_size: int = 8, limit: int = 40, eos: tuple[int, ...] = (3, 7, 11), **options: Any) -> Rollout:
+def generate(model: PreTrainedModel, batch_size: int = 8, limit: int = 24, eos: tuple[int, ...] = (3, 7, 11), **options: Any) -> Rollout:
     prompts = some_prompts()
     return TorchEngine(Special(eos_ids=eos), batch_size, **options).generate(model, prompts, range(len(prompts)), Sampling(limit))
 
@@ -67,8 +67,7 @@ def widths(model: PreTrainedModel) -> Any:
     hook.remove()
 
 
-@pytest.mark.parametrize("batch_size", [3, 8, 40])
-@pytest.mark.parametrize("share", [1, 8])
+@pytest.mark.parametrize(("batch_size", "share"), [(5, 8), (8, 1), (40, 8)])
 def test_refilling_changes_no_token(
     model: PreTrainedModel, batch_size: int, share: int, widths: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +79,7 @@ def test_refilling_changes_no_token(
     equal(rollout, twin)
     assert len(set(rollout.lengths.tolist())) > 5
     passes = [q for _, q in widths]
-    if share == 8 and batch_size == 8:  # prompts were read while others went on
+    if batch_size == 5:  # prompts were read while others went on
         assert sum(q > 1 for q in passes) > 5 and passes.count(1) < generate_steps(twin, batch_size)
 
 
@@ -91,7 +90,7 @@ def generate_steps(rollout: Rollout, batch_size: int) -> int:
     return sum(max(lengths[r] for r in order[i : i + batch_size]) - 1 for i in range(0, len(order), batch_size))
 
 
-@pytest.mark.parametrize("columns", [1, 7, 1000])
+@pytest.mark.parametrize("columns", [7, 1000])
 def test_static_shapes_change_no_token(model: PreTrainedModel, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU captures, run plainly: fixed buffers, few shapes, halves of the rows, and ended rows noticed late."""
     twin = generate(model, refill=False)
@@ -123,8 +122,8 @@ def test_the_limit_alone_ends_rows(model: PreTrainedModel) -> None:
 
 def test_reading_in_several_passes(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     twin = generate(model, refill=False)
-    monkeypatch.setattr(decode_module, "PREFILL_TOKENS", 12)
-    equal(generate(model), twin)
+    monkeypatch.setattr(decode_module, "PREFILL_TOKENS", 30)
+    equal(generate(model, 16), twin)
 
 
 @pytest.mark.parametrize("refill", [False, True])
@@ -138,7 +137,7 @@ def test_what_it_cost(
     prompts = [[*p, 20] for p in some_prompts()]  # two tokens or more, so that a pass of one token is a step
     engine = TorchEngine(Special(), 8, refill=refill)
     before = engine.last
-    rollout = engine.generate(model, prompts, range(40), Sampling(40))
+    rollout = engine.generate(model, prompts, range(40), Sampling(24))
     stats = engine.last
     assert stats is not before and stats.seconds > 0
     assert stats.row_steps == sum(rows for rows, queries in widths if queries == 1)

@@ -62,6 +62,8 @@ def generate_extrapolated(
     weights["base"] -= 1 / beta
     with ExitStack() as stack:
         models = {role: stack.enter_context(roles.use(role)) for role, weight in weights.items() if weight}
+        if len(models) == 1:
+            return engine.generate(models[start], prompts, seeds, sampling, prompt_index, on_progress)
         for model in models.values():
             stack.enter_context(engine.generating(model))
         shared = len({id(model) for model in models.values()}) < len(models)  # adapters on one model: switched for each pass
