@@ -36,11 +36,13 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     output = Path(job["work"]) / "run"
     shutil.rmtree(output, ignore_errors=True)
-    run_ppo(build(lab_recipe(job["world"], job["seed"], output, job["sft"], job["rounds"], job["every"])), progress=make_progress("quiet"))
+    # one round more, which is not counted: the last round of a run is evaluated as a stage of its own, not among the metrics
+    values = lab_recipe(job["world"], job["seed"], output, job["sft"], job["rounds"] + 1, job["every"])
+    run_ppo(build(values), progress=make_progress("quiet"))
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     seconds, curve, rounds = 0.0, [], []
     for row in rows:
-        if row.get("stage") != "ppo" or "iteration" not in row:
+        if row.get("stage") != "ppo" or row.get("iteration", job["rounds"] + 1) > job["rounds"]:
             continue
         spent = sum(row[f"timing/{phase}"] for phase in ("rollout", "score", "update"))
         seconds += spent
@@ -48,7 +50,7 @@ def main() -> None:
         accuracy = {name.split("/")[1]: value for name, value in row.items() if name.startswith("eval/") and name.endswith("/sampled")}
         if accuracy:
             curve.append({"round": row["iteration"], "seconds": seconds, **accuracy})
-    kl = [row["objective/kl"] for row in rows if "objective/kl" in row]
+    kl = [row["objective/kl"] for row in rows if "objective/kl" in row][: job["rounds"]]
     Path(sys.argv[2]).write_text(json.dumps({"system": "srppo", "curve": curve, "round_seconds": rounds, "kl": kl}))
 
 
