@@ -135,7 +135,7 @@ def test_damaged_figures_are_left_out(run: Path) -> None:
 
 CONFIG: dict[str, Any] = {
     "rollout": {"batch_size": 32},
-    "ppo": {"prompts_per_iteration": 64, "samples_per_prompt": 2, "checkpoint_every": 1, "micro_batch_size": 8},
+    "ppo": {"prompts_per_iteration": 64, "samples_per_prompt": 2, "checkpoint_every": 1, "micro_batch_tokens": 8},
     "evaluation": {"every": 5},
     "guard": {"every": 2},
 }
@@ -170,7 +170,7 @@ def test_nothing_is_said_where_nothing_is_off() -> None:
         (
             replace(QUIET, padding={"ppo": 0.29}),
             replace(QUIET, padding={"ppo": 0.3}),
-            "30 % were padding: a smaller ppo.micro_batch_size (now 8)",
+            "30 % were padding: a smaller ppo.micro_batch_tokens (now 8)",
         ),
         (replace(QUIET, waited=0.19), replace(QUIET, waited=0.2), "For 20 % of the time that this run wanted a core it had none"),
         # 85 % of 16 GB are 13.6 GB, 12970 MiB

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from srppo.config import TuningConfig
 from srppo.errors import ModelError
 from srppo.models.adapters import read_adapter
+from srppo.models.lora_linear import install
 from srppo.models.modes import set_mode, undisturbed
 from srppo.models.saving import save_adapter
 from srppo.models.source import Source
@@ -164,6 +165,7 @@ class LoraRoles:
         self._modules = list(self._model.modules())
         self._parameters = list(self._model.parameters())
         self._layers = [m for m in self._modules if isinstance(m, BaseTunerLayer)]
+        install(self._layers)
 
     def _active(self) -> str:
         if not self._layers or self._layers[0].disable_adapters or not self._layers[0].active_adapters:

@@ -182,7 +182,7 @@ def _padding(speed: Speed, config: dict[str, Any], _: dict[str, Any]) -> list[st
         return []
     return [
         f"Of all positions that scoring and update passed, {percent(speed.padding['ppo'], 0)} were padding: a smaller "
-        f"ppo.micro_batch_size (now {number(_key(config, 'ppo', 'micro_batch_size'))}) puts rows of like length together."
+        f"ppo.micro_batch_tokens (now {number(_key(config, 'ppo', 'micro_batch_tokens'))}) puts rows of like length together."
     ]
 
 
@@ -194,7 +194,7 @@ def _memory(speed: Speed, config: dict[str, Any], hardware: dict[str, Any]) -> l
     used = speed.peaks[name] * 2**20 / 1e9
     if used < MEMORY_SHARE * float(total):
         return []
-    cure = "a smaller rollout.batch_size" if name == "rollout" else "a smaller ppo.micro_batch_size, or model.gradient_checkpointing"
+    cure = "a smaller rollout.batch_size" if name == "rollout" else "a smaller ppo.micro_batch_tokens, or model.gradient_checkpointing"
     return [f"{PHASES[name][0].upper()}{PHASES[name][1:]} reached {used:.1f} of the machine's {total:.1f} GB of memory: {cure} needs less."]
 
 
