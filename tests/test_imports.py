@@ -48,6 +48,7 @@ LAYERS = {
     "diagnose": 3,
     "report": 3,
     "generate": 3,
+    "planning": 3,
     "lab": 3,
     "workspace": 4,
     "stages": 4,

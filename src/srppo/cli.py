@@ -84,6 +84,7 @@ def cli() -> None:
     \b
     srppo demo                 see it work in a few minutes, in an embedded world
     srppo config > my.yaml     a recipe to fill in: every key, documented
+    srppo plan my.yaml         does it fit this machine, and how long does it take
     srppo diagnose my.yaml     can the reward help? a verdict before compute is spent
     srppo align my.yaml        demonstrations in, aligned model and honest report out
     """
@@ -190,6 +191,43 @@ def diagnose(
         from srppo.files import plain
 
         click.echo(json.dumps(plain(card), allow_nan=False))
+
+
+@cli.command(cls=RunCommand, short_help="Memory and time of a run, before it is run: does it fit?")
+@click.argument("recipe", required=False)
+@click.option("--gpu", help="Plan for this card instead of what is here: a100, h100, h200, l40s, rtx4090 …")
+@click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="Plan for so many of them.")
+@click.option("--gpu-memory", help="A card's memory, over the table's or the present one's: 80GB, 24GiB.")
+@click.option("--response-tokens", type=click.FloatRange(1), help="Mean length of the responses to come, for the time.")
+@click.option("--json", "as_json", is_flag=True, help="The plan as one JSON object on standard output, and nothing else there.")
+@click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors.")
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    recipe: str | None,
+    gpu: str | None,
+    gpus: int,
+    gpu_memory: str | None,
+    response_tokens: float | None,
+    as_json: bool,
+    **flags: str | None,
+) -> None:
+    """Say what memory and time `srppo align` with this RECIPE or these flags would need, and what to change where it does not fit.
+
+    Only the model's config.json is read, no weights. Without --gpu the plan is for this machine, whose speed is measured in a second.
+    """
+    config = _config(ctx, recipe, flags)
+    from srppo.planning.run import run_plan
+
+    planned = run_plan(config, gpu=gpu, gpus=gpus, gpu_memory=gpu_memory, response_tokens=response_tokens)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(planned.to_dict(), allow_nan=False))
+        return
+    from srppo.planning.tell import tell
+
+    tell(planned.plan, planned.remedy, planned.lengths_from, sys.stdout)
 
 
 @cli.command(cls=RunCommand, short_help="Evaluate a run again, or another model by its rules.")

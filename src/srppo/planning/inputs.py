@@ -1,0 +1,135 @@
+"""What of a recipe decides memory and time: the one place that reads configuration keys for the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from srppo.config import RunConfig, build, merge, valid_keys
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens. max_*: what memory is planned for; mean_*: what time is."""
+
+    max_prompt: int
+    max_response: int
+    mean_prompt: float
+    mean_response: float
+    max_demonstration: int  # prompt and answer
+    mean_demonstration: float
+    demonstrations: int | None = None  # that SFT trains on; None where the data were not read
+    evaluated: int | None = None  # prompts of an evaluation
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys the formulas take, by the names they have in a recipe where there is one."""
+
+    full: bool  # tuning.kind full; else lora
+    lora_rank: int
+    lora_targets: str | tuple[str, ...]
+    lora_layers: int | None  # adapters on the last so many layers; None: on all
+    critic: str  # own | head | none
+    dtype: str
+    frozen_dtype: str
+    autocast: str
+    checkpointing: bool
+    offload_frozen: bool
+    reward_model: bool  # a frozen reward numerator beside sft
+    sft_steps: int | None
+    sft_epochs: float
+    sft_batch: int
+    sft_micro_tokens: int | None
+    sft_micro_rows: int | None
+    sft_saves: bool  # a checkpoint of the training state before the last step
+    rollout_rows: int
+    evaluation_rows: int
+    samples: int  # of an evaluation, a prompt
+    rounds: int
+    prompts: int  # a round
+    samples_per_prompt: int
+    epochs: int
+    minibatches: int
+    micro_tokens: int | None
+    micro_rows: int | None
+    recompute: bool
+    saves: bool  # a checkpoint of the training state before the end
+    continued_sft: bool
+
+    @property
+    def rollouts(self) -> int:
+        return self.prompts * self.samples_per_prompt
+
+    @property
+    def minibatch(self) -> int:
+        """Rows of an optimizer step of PPO."""
+        return -(-self.rollouts // min(self.minibatches, self.rollouts))
+
+    @property
+    def frozen_bytes(self) -> int:
+        return BYTES[self.frozen_dtype if self.full else self.dtype]
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of a trained weight, its gradient and each AdamW moment. PEFT keeps adapters in float32."""
+        return BYTES[self.dtype] if self.full else 4
+
+
+def read_settings(config: RunConfig) -> Settings:
+    """The adapter between the recipe's keys and the plan. Keys that this version does not have yet take the value they would have."""
+    model, tuning, sft, ppo, rollout = config.model, config.tuning, config.sft, config.ppo, config.rollout
+    critic = "none" if ppo.baseline != "critic" else getattr(tuning, "critic", "own")
+    targets = tuning.lora_targets
+    return Settings(
+        full=tuning.kind == "full",
+        lora_rank=tuning.lora_rank,
+        lora_targets=targets if isinstance(targets, str) else tuple(targets),
+        lora_layers=getattr(tuning, "lora_layers", None) if tuning.kind == "lora" else None,
+        critic=critic,
+        dtype=model.dtype,
+        frozen_dtype=model.frozen_dtype or model.dtype,
+        autocast=model.autocast,
+        checkpointing=model.gradient_checkpointing,
+        offload_frozen=tuning.kind == "full" and bool(getattr(model, "offload_frozen", False)),
+        reward_model=config.reward.checkpoint not in ("auto", "sft"),
+        sft_steps=0 if sft.checkpoint is not None else sft.steps,
+        sft_epochs=sft.epochs,
+        sft_batch=sft.batch_size,
+        sft_micro_tokens=getattr(sft, "micro_batch_tokens", None),
+        sft_micro_rows=getattr(sft, "micro_batch_size", None),
+        sft_saves=any(share < 1 for share in sft.checkpoints_at),
+        rollout_rows=rollout.batch_size,
+        evaluation_rows=config.evaluation.batch_size,
+        samples=config.evaluation.samples,
+        rounds=ppo.iterations,
+        prompts=ppo.prompts_per_iteration,
+        samples_per_prompt=ppo.samples_per_prompt,
+        epochs=ppo.epochs,
+        minibatches=ppo.minibatches,
+        micro_tokens=getattr(ppo, "micro_batch_tokens", None),
+        micro_rows=getattr(ppo, "micro_batch_size", None),
+        recompute=ppo.behaviour_logprobs == "recompute",
+        saves=True,  # also at the end
+        continued_sft=config.evaluation.continued_sft,
+    )
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The configuration with some dotted keys set, checked like a recipe."""
+    return build(merge(config.model_dump(), dict(changes)))
+
+
+def has_key(key: str) -> bool:
+    """Whether this version's recipes have the key."""
+    return key in valid_keys()
+
+
+def micro_rows(length: int, available: int, tokens: int | None, rows: int | None) -> int:
+    """Rows of one micro-batch: as many of this length as the token budget holds, at least one, at most `rows` and those there are."""
+    fit = available if tokens is None else max(1, tokens // max(1, length))
+    return max(1, min(available, fit, rows if rows is not None else fit))

@@ -1,0 +1,189 @@
+"""Memory of a run, phase by phase: formulas over parameter counts and the footprints of single passes. Bytes. Ours throughout.
+
+W weights of a role, G gradients, O AdamW's two moments (Kingma and Ba 2015, arXiv 1412.6980): G = W and O = 2 W in the trained precision.
+Activations, logits and temporary tensors of a pass come from dryrun.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from srppo.planning.architecture import Counts
+from srppo.planning.dryrun import Footprint
+from srppo.planning.inputs import BYTES, Lengths, Settings
+
+ROOM = 64  # columns by which rollout/cache.py lets a layer's buffers grow
+BLOCK = 256  # rollout/sampling.py pads the vocabulary to a multiple of it
+# glibc leaves holes between tensors that stay: resident over live bytes of activations on a CPU, as measured (docs/plan.md)
+HOLES = {"full": 1.5, "lora": 2.0}
+PREFILL_TOKENS = 8192  # rollout/decode.py: prompt tokens of one pass
+
+
+@dataclass(frozen=True)
+class Item:
+    """One use of memory in one phase."""
+
+    role: str  # base | sft | policy | critic | all
+    purpose: str  # weights | gradients | optimizer | activations | kv cache | logits | checkpoint copy | gathered layer | file
+    bytes: int
+    host: bool = False  # in the CPU's memory while the device has its own
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is alive at the worst moment of a part of the run."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    def total(self, host: bool = False) -> int:
+        return sum(item.bytes for item in self.items if item.host == host)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes that the formulas need of a model."""
+
+    counts: Counts
+    layers: int
+    cache_elements: int  # of the key-value cache, a token
+    state_elements: int  # of recurrent states, a row
+    adapter: int  # parameters of one LoRA adapter
+    largest: int  # parameters of the largest single tensor
+    layer: int  # parameters of the largest layer
+
+
+def with_holes(footprint: Footprint, factor: float) -> Footprint:
+    """The footprint as a process on a CPU holds it: activations take `factor` of their size; logits are large enough to go back at once."""
+    f = footprint
+    kept, forward, backward = (round(factor * x) for x in (f.kept, f.forward, f.backward))
+    return replace(f, kept=kept, forward=forward, head=f.head - f.kept + kept, backward=backward)
+
+
+def pass_peak(footprint: Footprint, gradients: int, head_gradient: int, micro_batches: int) -> int:
+    """Peak of forward and backward beyond weights and optimizer.
+
+    From the second micro-batch on, all gradients are there while activations are. With one micro-batch a gradient appears
+    where the activations of its layer go, so only the ends of the backward pass count: all activations, or all gradients and
+    what the first layer makes (with gradient checkpointing its activations, computed anew).
+    """
+    if micro_batches > 1:
+        return gradients + footprint.peak
+    start = max(footprint.forward, footprint.head, footprint.backward + head_gradient)
+    return max(start, gradients + max(footprint.embedding, footprint.backward - footprint.kept))
+
+
+def step_peak(gradients: int, largest: int, trained_bytes: int, on_gpu: bool) -> int:
+    """Gradients and what torch's AdamW makes on its way: on a GPU (foreach) a copy of all weights, on a CPU two of one tensor at a time."""
+    return gradients + (gradients if on_gpu else 2 * largest * trained_bytes)
+
+
+def cache_bytes(model: Model, rows: int, columns: int, each: int) -> int:
+    """Keys and values of `rows` sequences of so many tokens, and recurrent states."""
+    return rows * (columns * model.cache_elements + model.state_elements) * each
+
+
+def decoding_peak(
+    model: Model, rows: int, distinct: int, lengths: Lengths, each: int, prefill: Footprint, step: Footprint
+) -> dict[str, int]:
+    """Of decoding a batch: reading the prompts, or the last steps with full caches and the logits [R, V] of two steps in float32."""
+    read = cache_bytes(model, distinct, lengths.max_prompt, each) + cache_bytes(
+        model, rows if distinct < rows else 0, lengths.max_prompt + ROOM, each
+    )
+    full = cache_bytes(model, rows, lengths.max_prompt + lengths.max_response + ROOM, each)
+    moved = full // max(1, model.layers)  # a layer's old keys or values while they are copied into wider buffers: half of it, twice
+    vocabulary = model.counts.vocabulary
+    logits = rows * vocabulary * 4 * (3 if vocabulary % BLOCK else 2) + (rows * vocabulary * each if each < 4 else 0)
+    at_start = {"kv cache": read, "activations": prefill.peak}
+    at_end = {"kv cache": full + moved, "logits": logits, "activations": step.forward}
+    return max(at_start, at_end, key=lambda d: sum(d.values()))
+
+
+def phases(
+    model: Model,
+    settings: Settings,
+    lengths: Lengths,
+    passes: Mapping[str, Footprint],
+    micro_batches: Mapping[str, int],
+    *,
+    gpu: bool,
+    shards: int = 1,
+) -> list[Phase]:
+    """The phases of a run in their order. shards: GPUs over which FSDP2 would split weights, gradients and moments (a forecast)."""
+    s, n = settings, model.counts.total
+    trained = {"sft": n if s.full else model.adapter, "policy": n if s.full else model.adapter}
+    if s.critic == "own":
+        trained["critic"] = model.counts.trunk if s.full else model.adapter
+    elif s.critic == "head":
+        trained["critic"] = model.counts.width + 1
+    each, frozen = s.trained_bytes, s.frozen_bytes
+
+    def weights(role: str, bytes_each: int, host: bool = False) -> Item:
+        return Item(role, "weights", n * bytes_each // (1 if host else shards), host)
+
+    def trainee(role: str, stepped: bool = True) -> list[Item]:
+        size = trained[role] * each // shards
+        return [Item(role, "weights", size)] + ([Item(role, "optimizer", 2 * size)] if stepped else [])
+
+    gathered = [Item("all", "gathered layer", 2 * model.layer * BYTES[s.dtype])] if shards > 1 else []
+    cache_each = 2 if gpu and s.autocast != "none" else BYTES[s.dtype]
+
+    def update(role: str, name: str) -> list[Item]:
+        gradients = trained[role] * each // shards
+        head = 0 if not s.full or role == "critic" else model.counts.head * each // shards
+        peak = pass_peak(passes[name], gradients, head, micro_batches[name])
+        peak = max(peak, step_peak(gradients, model.largest if s.full else 0, each, gpu))
+        return [Item(role, "gradients", gradients), Item(role, "activations", max(0, peak - gradients))]
+
+    def copies(*roles: str) -> list[Item]:
+        """checkpoint.py: weights and moments of what is trained, cloned to the CPU, all at once."""
+        return [Item(role, "checkpoint copy", 3 * trained[role] * each, host=gpu) for role in roles]
+
+    def decoding(role: str, rows: int, distinct: int) -> list[Item]:
+        parts = decoding_peak(model, rows, distinct, lengths, cache_each, passes["prefill"], passes["decode"])
+        return [Item(role, purpose, size) for purpose, size in parts.items()]
+
+    base = weights("base", frozen)
+    out = [Phase("load", (base, *([] if gpu else [Item("base", "file", n * frozen)])))]
+    sft_state = [base, *trainee("sft"), *gathered]
+    if s.sft_steps != 0:
+        out.append(Phase("sft", (*sft_state, *update("sft", "sft"))))
+        if s.sft_saves:
+            out.append(Phase("sft checkpoint", (*sft_state, *copies("sft"))))
+    if not s.rounds:
+        return out
+    frozen_roles = ["base", "sft", *(["reward"] if s.reward_model else [])]
+    resting = [Item(r, "weights", n * frozen // shards) if s.full else Item(r, "weights", trained["sft"] * each) for r in frozen_roles]
+    if not s.full:
+        resting[0] = base
+    if s.offload_frozen and gpu:
+        away = tuple(Item(i.role, i.purpose, i.bytes * shards, True) for i in resting)
+        scoring = (resting[0], *away[1:])
+        resting = list(away)
+    else:
+        scoring = tuple(resting)
+    learners = [item for role in ("policy", "critic") if role in trained for item in trainee(role)]
+    rows = min(s.rollout_rows, s.rollouts)
+    asked = lengths.evaluated * s.samples if lengths.evaluated is not None else s.evaluation_rows
+    judged = min(s.evaluation_rows, asked)
+    everyone = (*resting, *learners, *gathered)
+    states = kept_states(model, settings, lengths)
+    out += [
+        Phase("rollout", (*everyone, *decoding("policy", rows, -(-rows // s.samples_per_prompt)))),
+        Phase("scoring", (*scoring, *learners, *gathered, Item("all", "activations", passes["score"].peak), *states)),
+        Phase("policy update", (*everyone, *states, *update("policy", "policy"))),
+    ]
+    if s.critic == "own":
+        out.append(Phase("critic update", (*everyone, *states, *update("critic", "critic"))))
+    out.append(Phase("ppo checkpoint", (*everyone, *copies(*(r for r in ("policy", "critic") if r in trained)))))
+    idle = tuple(i for i in everyone if i.purpose != "optimizer")
+    out.append(Phase("evaluation", (*idle, *decoding("policy", judged, -(-judged // s.samples)))))
+    return out
+
+
+def kept_states(model: Model, settings: Settings, lengths: Lengths) -> list[Item]:
+    """Hidden states [tokens, H] of a round that are kept where the lower layers, or the critic's trunk, are run once a rollout."""
+    kinds = (settings.lora_layers is not None) + (settings.critic == "head")
+    size = settings.rollouts * (lengths.max_prompt + lengths.max_response) * model.counts.width * BYTES[settings.dtype]
+    return [Item("all", "kept states", kinds * size)] if kinds else []
