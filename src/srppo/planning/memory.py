@@ -55,10 +55,14 @@ class Model:
 
 
 def with_holes(footprint: Footprint, factor: float) -> Footprint:
-    """The footprint as a process on a CPU holds it: activations take `factor` of their size; logits are large enough to go back at once."""
+    """The footprint as a process on a CPU holds it.
+
+    Activations take `factor` of their size, and the heap that they needed at their most is not given back while the head runs, whose
+    logits have mappings of their own.
+    """
     f = footprint
     kept, forward, backward = (round(factor * x) for x in (f.kept, f.forward, f.backward))
-    return replace(f, kept=kept, forward=forward, head=f.head - f.kept + kept, backward=backward)
+    return replace(f, kept=kept, forward=forward, backward=backward, head=f.head - f.kept + max(kept, forward, backward))
 
 
 def pass_peak(footprint: Footprint, gradients: int, head_gradient: int, micro_batches: int) -> int:
