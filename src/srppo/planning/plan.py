@@ -178,7 +178,7 @@ def remedies(config: RunConfig, gpu: bool) -> Iterator[dict[str, Any]]:
     if has_key("tuning.critic") and config.ppo.baseline == "critic":
         yield {"tuning.critic": "head"}
     if config.tuning.kind == "full":
-        yield {"tuning.kind": "lora", "model.frozen_dtype": None}
+        yield {"tuning.kind": "lora"}
     if config.model.dtype == "float32":
         yield {"model.dtype": "bfloat16"}
     if has_key("tuning.lora_layers"):
@@ -209,8 +209,6 @@ def find_remedy(config: RunConfig, architecture: Architecture, lengths: Lengths,
         return None
     for key in reversed(list(kept)):  # an earlier, milder change may have become needless
         less = {k: v for k, v in kept.items() if k != key}
-        if key == "model.frozen_dtype" and kept[key] is None:
-            continue
         after = make_plan(changed(config, less), architecture, lengths, machine)
         if less and after.fits:
             kept, plan = less, after

@@ -10,7 +10,7 @@ from srppo.planning.plan import MARGIN, Plan, Remedy
 from srppo.text import duration
 
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "kv cache", "other")
-SHOWN = {"kv cache": "KV cache"}
+SHOWN = {"gradients": "grads", "optimizer": "AdamW", "activations": "activ.", "kv cache": "KV"}  # 80 columns
 
 
 def size(count: float) -> str:
