@@ -14,12 +14,13 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 TEST_WORKERS ?= 2
 
-.PHONY: help demo test lint format install install-dev clean
+.PHONY: help demo test lint format install install-dev vllm clean
 
 help:
 	@echo "make demo     environment, install, and the main job on the embedded world (results in runs/demo)"
 	@echo "make test     environment, install, lint, types, all tests"
 	@echo "make lint     ruff and mypy only"
+	@echo "make vllm     vLLM's CPU build beside it, for rollout.engine: vllm (Linux x86-64; on a GPU: pip install 'srppo[vllm]')"
 	@echo "make format   rewrite the Python files in the project's format"
 	@echo "make clean    remove the environment, caches and build files (runs/ and data/ stay)"
 
@@ -66,6 +67,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created
 	$(call pip_install,.[dev])
 	@touch $(VENV)/.installed $@
+
+vllm: $(VENV)/.installed-vllm
+
+# --no-deps, so that nothing replaces the torch that is there
+$(VENV)/.installed-vllm: constraints-vllm.txt | $(VENV)/.installed
+	@echo "== install vLLM's CPU build at the versions of constraints-vllm.txt (log in $(VENV)/install-vllm.log)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-deps --requirement constraints-vllm.txt \
+		> $(VENV)/install-vllm.log 2>&1 || { tail -n 25 $(VENV)/install-vllm.log >&2; exit 1; }
+	@$(BIN)/python -W ignore -c 'import vllm; from vllm import LLM; print("vLLM", vllm.__version__)'
+	@touch $@
 
 clean:
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

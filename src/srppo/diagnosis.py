@@ -76,7 +76,7 @@ def make_card(space: Workspace) -> RewardCard:
             loaded.demonstrations.heldout_prompts,
             loaded.prompts,
             config,
-            engine=loaded.evaluation_engine,
+            engine=loaded.card_engine,
             decode=loaded.decode,
             scorer=loaded.scorer,
             progress=space.progress,

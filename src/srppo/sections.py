@@ -199,8 +199,15 @@ class RewardConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["torch"] = "torch"
-    """The generation engine."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """torch: PyTorch and the model itself. vllm: vLLM (docs/vllm.md), inside the process or on the servers of `server`, also for evaluation
+    (not for the reward card, which decodes with two models at once)."""
+    server: str | list[str] | None = None
+    """With engine vllm: address of a running vLLM server, http://host:port, or several that share the rows; by default none is needed."""
+    shared_folder: str | None = None
+    """With `server`: folder where weights are handed over, seen by every server under the same path; by default inside `output`."""
+    memory: float = Field(default=0.3, gt=0, le=1)
+    """With engine vllm and no server: share of the GPU's memory vLLM may take, its copy of the weights included."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Response limit, EOS included."""
     temperature: float = Field(default=1.0, ge=0)
@@ -210,7 +217,7 @@ class RolloutConfig(Section):
     top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens; 0 is off; otherwise the ratio is biased."""
     batch_size: int = Field(default=64, ge=1)
-    """Rows decoded at once. Wide is fast; memory grows with it."""
+    """Rows decoded at once (at each server). Wide is fast; memory grows with it."""
     cuda_graphs: bool = False
     """Replay decode steps as CUDA graphs, with a warning and plain steps where a model forbids it. No effect elsewhere."""
     merge_adapters: bool = True

@@ -27,6 +27,7 @@ from srppo.progress import Progress
 from srppo.records import Prompt
 from srppo.rollout.engine import RolloutEngine, Sampling, bias_warning
 from srppo.rollout.torch_engine import TorchEngine, position_limit
+from srppo.rollout.vllm_make import check_vllm, vllm_engine
 from srppo.run_folder import RunFolder
 from srppo.scoring import Scorer, load_scorer
 from srppo.threads import ThreadWatch, Watched, set_threads, torch_threads
@@ -48,7 +49,8 @@ class Loaded:
     retention_prompts: list[Prompt]
     scorer: Scorer | None
     engine: RolloutEngine  # of PPO
-    evaluation_engine: TorchEngine  # also of the reward card, which extrapolates in its decoding loop
+    evaluation_engine: RolloutEngine
+    card_engine: TorchEngine  # of the reward card, which extrapolates in its decoding loop
     sampling: Sampling  # of the rollouts
     data_summary: dict[str, Any]
     preference_model: PreferenceModel | None = None  # PPO's reward, where it is not the coherent one
@@ -106,6 +108,7 @@ def check_inputs(config: RunConfig) -> None:
         raise ConfigError("model.name is not set: give a hub id, a Hugging Face folder or a GGUF file")
     if not config.data.demonstrations:
         raise ConfigError("data.demonstrations is not set: give a file, a folder saved by `datasets`, or a hub id")
+    check_vllm(config)
     load_scorer(config.evaluation.scorer)
     read_rows(config.data.demonstrations, config.data.demonstrations_split)
     if config.data.prompts:
@@ -195,7 +198,12 @@ def _load(config: RunConfig, progress: Progress, judging: bool) -> Loaded:
     _try_roles(config, roles)
     sizes = (config.rollout.batch_size, evaluation.batch_size)
     fast = {"cuda_graphs": config.rollout.cuda_graphs, "merge_adapters": config.rollout.merge_adapters}
-    engine, judge = (TorchEngine(roles.special, rows, config.model.autocast, **fast) for rows in sizes)
+    own, card_engine = (TorchEngine(roles.special, rows, config.model.autocast, **fast) for rows in sizes)
+    engine: RolloutEngine = own
+    judge: RolloutEngine = card_engine
+    if config.rollout.engine == "vllm":
+        known = [*prompts, *judged_prompts, *demonstrations.heldout_prompts, *(others.prompts if others else [])]
+        engine = judge = vllm_engine(config, roles.special, longest=max((len(p.ids) for p in known), default=0), device=roles.device)
     preference_model = None
     if judging:
         everyone = [*prompts, *demonstrations.heldout_prompts]
@@ -210,6 +218,7 @@ def _load(config: RunConfig, progress: Progress, judging: bool) -> Loaded:
         scorer,
         engine,
         judge,
+        card_engine,
         sampling,
         summary.to_dict(),
         preference_model,

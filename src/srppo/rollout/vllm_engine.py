@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from srppo.errors import ConfigError, DataError, ModelError
+from srppo.errors import ConfigError, ModelError
 from srppo.records import Rollout
 from srppo.rollout.decode import unwrapped
 from srppo.rollout.engine import Progress, Sampling
@@ -102,7 +102,9 @@ class VLLMEngine:
 
             cleanup_dist_env_and_memory()
 
-    def _decode(self, rows: list[tuple[int, ...]], seeds: Sequence[int], sampling: Sampling) -> Iterator[tuple[int, list[int], list[float]]]:
+    def _decode(
+        self, rows: list[tuple[int, ...]], seeds: Sequence[int], sampling: Sampling
+    ) -> Iterator[tuple[int, list[int], list[float]]]:
         """Rows as they end: number, tokens with the EOS, log-probabilities. What is unfinished is dropped if the caller stops."""
         engine = self._llm.llm_engine
         waiting: set[str] = set()

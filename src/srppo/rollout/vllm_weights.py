@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
 
 class Mark:
-    """Recognises tensors that have not been written to since: the same objects, memory and version counters.
+    """Recognises tensors that have not been written to since: the same objects and memory, version counters and contents.
 
-    Every in-place operation of PyTorch raises a tensor's counter, those of optimizers included, so this is exact and costs nothing.
-    Only writes through `.data` escape it; srppo assigns to `.data` (which changes the memory) and never writes through it.
-    Holds no weights alive.
+    PyTorch raises a tensor's counter at most in-place operations, but not in a fused AdamW on a CPU, nor for writes through `.data`:
+    so the bits are looked at too (an XOR over them, some tenths of a second a gigabyte). Holds no weights alive.
     """
 
     def __init__(self, tensors: Iterable[Tensor], note: object = None):
@@ -40,20 +39,21 @@ class Mark:
         return all(seen[0]() is t and seen[1:] == _state(t) for seen, t in zip(self._seen, now, strict=True))
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    return tensor._version, tensor.data_ptr()
+def _state(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor._version, tensor.data_ptr(), int(torch.hash_tensor(tensor.detach()).view(torch.int64))
 
 
 @dataclass(frozen=True)
 class Adapter:
     """The LoRA adapters a model is using now (srppo uses one at a time), as PEFT's layers by their names in the model."""
 
-    layers: Mapping[str, LoraLayer]
+    layers: Mapping[str, Any]  # LoraLayer, which is a mixin of modules
     names: tuple[str, ...]
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [p for layer in self.layers.values() for n, p in layer.named_parameters() if n.startswith("lora_") and n.split(".")[1] in self.names]
+        own = [(n.split("."), p) for layer in self.layers.values() for n, p in layer.named_parameters()]
+        return [p for parts, p in own if parts[0].startswith("lora_") and parts[1] in self.names]
 
     @property
     def scales(self) -> list[float]:
@@ -95,7 +95,7 @@ def active_adapter(model: PreTrainedModel) -> Adapter | None:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     on = {n: layer for n, layer in layers.items() if not layer.disable_adapters}  # type: ignore[attr-defined]
     names = {name for layer in on.values() for name in layer.active_adapters}  # type: ignore[attr-defined]
-    used = {n: layer for n, layer in on.items() if names & (set(layer.lora_A) | set(layer.lora_embedding_A))}
+    used: dict[str, Any] = {n: layer for n, layer in on.items() if names & (set(layer.lora_A) | set(layer.lora_embedding_A))}
     return Adapter(used, tuple(sorted(names))) if used else None
 
 
@@ -117,8 +117,7 @@ def named_weights(model: PreTrainedModel, merge: Adapter | None = None) -> dict[
                 weight = weights[f"{module}.weight"]
                 for name in merge.names:
                     if name in layer.scaling:
-                        delta: Any = layer.get_delta_weight(name)  # type: ignore[operator]
-                        weight = weight + delta.to(weight.dtype)
+                        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
                 weights[f"{module}.weight"] = weight
         _retie(model, weights, merge)
     return revert_weight_conversion(model, weights)
