@@ -49,7 +49,7 @@ def small(architecture: str = "llama", **changes: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[VLLMEngine]:
-    engine = VLLMEngine(Special(), 64, lora_rank=4, max_tokens=64)  # type: ignore[arg-type]
+    engine = VLLMEngine(Special(), 64, lora_rank=4, merge=False, max_tokens=64)  # type: ignore[arg-type]
     yield engine
     engine.close()
 

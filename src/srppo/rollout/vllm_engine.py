@@ -40,16 +40,25 @@ class VLLMEngine:
 
     special: its EOS ids end a response, and nothing else does. rows: sequences decoded at once. dtype: vLLM's precision, the model's
     own by default. memory: share of the GPU that vLLM may take, weights included; of the machine's memory at most, on a CPU, for keys
-    and values. lora_rank: the rank that adapters have; 0 for none. max_tokens: length of the longest prompt and its response
-    together, where it is known: vLLM reserves for it (it is started again if a longer one comes).
+    and values. lora_rank: the rank that adapters have; 0 for none. merge: whether an adapter is handed over merged into the weights
+    (always possible) or beside them; by default merged in float32, where that rounds nothing away. max_tokens: length of the longest
+    prompt and its response together, where it is known: vLLM reserves for it (it is started again if a longer one comes).
     """
 
     def __init__(
-        self, special: SpecialTokens, rows: int, *, dtype: str | None = None, memory: float = 0.3, lora_rank: int = 0, max_tokens: int = 0
+        self,
+        special: SpecialTokens,
+        rows: int,
+        *,
+        dtype: str | None = None,
+        memory: float = 0.3,
+        lora_rank: int = 0,
+        merge: bool | None = None,
+        max_tokens: int = 0,
     ):
         if rows < 1:
             raise ConfigError(f"rollout.batch_size is {rows}; at least one row is decoded at once")
-        self.special, self.rows, self.dtype, self.memory, self.lora_rank = special, rows, dtype, memory, lora_rank
+        self.special, self.rows, self.dtype, self.memory, self.lora_rank, self.merge = special, rows, dtype, memory, lora_rank, merge
         self.syncs = 0  # how often weights or an adapter were handed over
         self._max_tokens = max_tokens
         self._llm: Any = None
@@ -170,7 +179,8 @@ class VLLMEngine:
             options |= {"enforce_eager": True, "kv_cache_memory_bytes": self._cpu_cache(model)}
         else:
             options["gpu_memory_utilization"] = self.memory
-        self._lora = self.lora_rank > 0 and self.lora_rank <= RANKS[-1] and takes_lora(type(model).__name__)
+        merge = options["dtype"] == "float32" if self.merge is None else self.merge
+        self._lora = not merge and 0 < self.lora_rank <= RANKS[-1] and takes_lora(type(model).__name__)
         if self._lora:
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in RANKS if r >= self.lora_rank)}
         with tempfile.TemporaryDirectory() as folder:
