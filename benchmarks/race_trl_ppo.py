@@ -12,9 +12,9 @@ from benchmarks.race import sides
 
 NAME = "race_trl_ppo"
 PEERS = {
-    "full": sides.Peer("trl_ppo", ("full",)),
-    # lora_full_critic: what TRL's peft_config gives by itself, an adapter on the policy beside a critic that is trained whole
-    "lora": sides.Peer("trl_ppo", ("lora", "lora_full_critic")),
+    # lora: what TRL's peft_config gives, an adapter on the policy beside a critic that is trained whole. thrifty: see race/trl_ppo.py
+    "full": sides.Peer("trl_ppo", ("full", "full_thrifty")),
+    "lora": sides.Peer("trl_ppo", ("lora", "lora_thrifty")),
 }
 
 

@@ -123,12 +123,12 @@ def answer(seconds: list[float], score: float, memory_mb: float, **more: Any) ->
 
 def test_a_row_compares_the_counted_rounds() -> None:
     ours = [answer([9.0, 1.0, 3.0], 0.1, 40, optimizer_steps=36, weights_moved=18000, rss_peak_with_saving_mb=150.0)]
-    theirs = {"lora": [answer([50.0, 4.0, 4.0], 0.2, 80)], "lora_full_critic": [answer([50.0, 8.0, 8.0], 0.2, 160)]}
+    theirs = {"lora": [answer([50.0, 4.0, 4.0], 0.2, 80)], "lora_thrifty": [answer([50.0, 8.0, 8.0], 0.2, 160)]}
     rates = {"peak": 1e9, "kinds": [5e8] * 6}
     row = compare.row(SHAPE, "lora", 3, ours, theirs, rates)
     assert row["speed_ratio"] == pytest.approx(2) and row["memory_ratio"] == pytest.approx(0.5)
-    assert row["other_peers"]["lora_full_critic"]["speed_ratio"] == pytest.approx(4)
-    assert row["other_peers"]["lora_full_critic"]["memory_ratio"] == pytest.approx(0.25)
+    assert row["other_peers"]["lora_thrifty"]["speed_ratio"] == pytest.approx(4)
+    assert row["other_peers"]["lora_thrifty"]["memory_ratio"] == pytest.approx(0.25)
     assert row["over_floor_at_own_rates"] == pytest.approx(row["over_floor_at_peak"] / 2)
     lengths = [len(ids) for ids in prompt_ids(SHAPE, SHAPE.batch * 3)]
     needed = sum(work.total for work in round_flops(SHAPE, lengths, T, "lora").values()) / 3
@@ -201,7 +201,7 @@ def found() -> dict[str, Any]:
     """Results of every benchmark, as they would be written."""
     head = {"date": "2026-11-22T10:00+00:00", "environment": results.machine({"trl": "1.12.0"})}
     ours = [answer([9.0, 1.0, 3.0], 0.1, 40, optimizer_steps=36, weights_moved=18000)]
-    theirs = {"lora": [answer([50.0, 4.0, 4.0], 0.2, 90)], "lora_full_critic": [answer([50.0, 8.0, 8.0], 0.2, 160)]}
+    theirs = {"lora": [answer([50.0, 4.0, 4.0], 0.2, 90)], "lora_thrifty": [answer([50.0, 8.0, 8.0], 0.2, 160)]}
     row = compare.row(SHAPE, "lora", 3, ours, theirs, {"peak": 1e6, "kinds": [5e5] * 6})
     race = head | {"rows": [{"name": "default", "date": head["date"], "load_average_before": 0.5, **row}]}
     fit = {"exponent": 1.0, "standard_error": 0.1, "factor": 2.0}

@@ -150,7 +150,7 @@ def test_roofline_takes_the_slower_side() -> None:
 
 def test_checkpointing_and_small_batches_need_less(folder: Path) -> None:
     whole = phase(plan_of(folder, ppo__minibatches=1), "policy update").total()
-    small = phase(plan_of(folder, ppo__minibatches=1, ppo__micro_batch_size=1), "policy update").total()
+    small = phase(plan_of(folder, ppo__minibatches=1, ppo__micro_batch_tokens=1), "policy update").total()
     again = phase(plan_of(folder, ppo__minibatches=1, model__gradient_checkpointing=True), "policy update").total()
     assert small < whole and again < whole
 
@@ -164,7 +164,7 @@ def test_the_mildest_remedy_that_fits(folder: Path) -> None:
     tight = replace(GPU, memory=round(0.97 * plan.need / 0.9))
     found = find_remedy(job, architecture, LENGTHS, tight)
     assert found is not None and found.plan.fits
-    assert set(found.changes) <= {"ppo.micro_batch_size", "ppo.micro_batch_tokens", "sft.micro_batch_size", "sft.micro_batch_tokens"}
+    assert set(found.changes) <= {"ppo.micro_batch_tokens", "sft.micro_batch_tokens"}
     assert make_plan(changed(job, found.changes), architecture, LENGTHS, tight).need == found.plan.need
     assert find_remedy(job, architecture, LENGTHS, replace(GPU, memory=1000)) is None
 

@@ -115,7 +115,7 @@ def row(
         "ours": mine,
         "peer": peers[first],
         "other_peers": {kind: peers[kind] | ratios[kind] for kind in list(peers)[1:]},
-        "equal_work": equal_work(shape, updates, ours, theirs[first]),
+        "equal_work": equal_work(shape, updates, ours, theirs.get(f"{tuning}_thrifty", theirs[first])),
         "floor": floor,
         "over_floor_at_peak": mine["cpu_seconds"] / sum(floor["seconds_at_peak"].values()),
         "over_floor_at_own_rates": mine["cpu_seconds"] / sum(floor["seconds_at_own_rates"].values()),

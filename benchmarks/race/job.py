@@ -24,7 +24,7 @@ class Job:
     """A side's task."""
 
     shape: Shape
-    tuning: str  # full, lora; TRL's side also lora_full_critic
+    tuning: str  # full, lora; TRL's side also full_thrifty and lora_thrifty, see trl_ppo
     updates: int
     materials: str  # folder of write_materials
     warmup: str  # materials of the tiny shape, on which the side runs once before anything is measured

@@ -53,7 +53,6 @@ def recipe(shape: Shape, tuning: str, materials: Path, output: Path, updates: in
             "baseline": "group" if group else "critic",
             "epochs": shape.epochs,
             "minibatches": shape.minibatches,
-            "micro_batch_size": max(1, shape.batch // shape.minibatches),
             "learning_rate": LEARNING_RATE,
             "critic_learning_rate": LEARNING_RATE,
             "lr_schedule": "linear",

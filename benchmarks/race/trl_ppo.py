@@ -1,8 +1,9 @@
 """TRL 1.12.0's side of a race: its PPOTrainer, the last TRL had, on the same weights, prompts and reward.
 
-Each choice is the one that is cheapest for TRL: the reference and the reward's SFT model are one object in full tuning, the
-rollout batch is decoded and scored in one piece, no gradient checkpointing, one micro-batch a minibatch (in this TRL gradient
-accumulation changes the number of steps). The reward model is read by the trainer at a response's last token.
+As its user would write it: policy, reference, critic, and a reward model that holds its own two models and takes their logits of
+all positions, as TRL's own scoring does. The rollout batch is decoded and scored in one piece, no gradient checkpointing, one
+micro-batch a minibatch (in this TRL gradient accumulation changes the number of steps). `thrifty` is the cheapest that we could make
+of it: frozen models shared where they can be, logits of the response alone. The trainer reads the reward at a response's last token.
 The score differs from ours in a detail of TRL: a padding token that the model samples is taken for the end of a response.
 """
 
@@ -31,9 +32,9 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 class LogRatio(nn.Module):
     """log pi_sft - log pi_base of the response so far at each token, in the place of a trunk's last states [B, L, 1]."""
 
-    def __init__(self, sft: nn.Module, base: nn.Module, prompt: int):
+    def __init__(self, sft: nn.Module, base: nn.Module, prompt: int, thrifty: bool):
         super().__init__()
-        self.sft, self.base, self.prompt = sft, base, prompt
+        self.sft, self.base, self.prompt, self.thrifty = sft, base, prompt, thrifty
         self.tokens: list[int] = []  # response tokens of each call
         self.finished: list[float] = []  # when each call was over
 
@@ -43,7 +44,7 @@ class LogRatio(nn.Module):
         kept = responses.shape[1] + 1  # the logits that predict the response, and one more
 
         def logprobs(model: nn.Module) -> Tensor:
-            logits = model(**inputs, logits_to_keep=kept).logits[:, :-1].float()
+            logits = model(**inputs, logits_to_keep=kept if self.thrifty else 0).logits[:, -kept:-1].float()
             return logits.gather(2, responses[:, :, None]).squeeze(2) - logits.logsumexp(2)
 
         real = attention_mask[:, self.prompt :].bool()
@@ -88,25 +89,26 @@ class Marks(TrainerCallback):
 
 def load_models(shape: Shape, tuning: str, materials: Path, frozen: str) -> dict[str, Any]:
     """policy, reference, reward and value as PPOTrainer takes them. frozen: precision of weights that are not trained."""
+    thrifty, tuning = tuning.endswith("_thrifty"), tuning.removesuffix("_thrifty")
     base = read_model(materials / "base", frozen)
     if tuning == "full":
         sft, policy = read_model(materials / "sft", frozen), read_model(materials / "sft")
-        reference = sft
+        reference = sft if thrifty else copy.deepcopy(sft)
     else:
         policy = merged_sft(materials, frozen)
         sft, reference = copy.deepcopy(policy), None  # the policy with its adapter off is the reference
-    start, dtype = ("base", frozen) if tuning == "lora" else ("sft", "float32")
+    start, dtype = ("base", frozen) if tuning == "lora" and thrifty else ("sft", "float32")
     if not (materials / start).is_dir():
         start = "base"
     value = AutoModelForSequenceClassification.from_pretrained(materials / start, num_labels=1, dtype=getattr(torch, dtype))
-    if tuning == "lora":  # PPOTrainer's peft_config reaches the policy alone; our critic is an adapter too
+    if tuning == "lora" and thrifty:  # PPOTrainer's peft_config reaches the policy alone; our critic is an adapter too
         value.requires_grad_(False)
         inject_adapter_in_model(lora_config(shape, None), value.model)
         for name, weight in value.named_parameters():
             if "lora_" in name or name.startswith("score"):
                 weight.data = weight.data.float()
                 weight.requires_grad_(True)
-    reward = LogRatioReward(LogRatio(sft, base, shape.prompt)).requires_grad_(False).eval()
+    reward = LogRatioReward(LogRatio(sft, base, shape.prompt, thrifty)).requires_grad_(False).eval()
     return {"model": policy, "ref_model": reference, "reward_model": reward, "value_model": value}
 
 
@@ -154,7 +156,7 @@ def train_once(shape: Shape, tuning: str, materials: Path, output: Path, updates
         train_dataset=data,
         eval_dataset=data.select(range(4)),
         data_collator=DataCollatorWithPadding(tokenizer, padding="max_length", max_length=shape.prompt),
-        peft_config=None if tuning == "full" else lora_config(shape),
+        peft_config=None if tuning.startswith("full") else lora_config(shape),
         callbacks=[marks],
         **models,
     )

@@ -44,8 +44,7 @@ class Settings:
     sft_steps: int | None
     sft_epochs: float
     sft_batch: int
-    sft_micro_tokens: int | None
-    sft_micro_rows: int | None
+    sft_micro_tokens: int
     sft_saves: bool  # a checkpoint of the training state before the last step
     rollout_rows: int
     evaluation_rows: int
@@ -55,8 +54,7 @@ class Settings:
     samples_per_prompt: int
     epochs: int
     minibatches: int
-    micro_tokens: int | None
-    micro_rows: int | None
+    micro_tokens: int
     recompute: bool
     saves: bool  # a checkpoint of the training state before the end
     continued_sft: bool
@@ -100,8 +98,7 @@ def read_settings(config: RunConfig) -> Settings:
         sft_steps=0 if sft.checkpoint is not None else sft.steps,
         sft_epochs=sft.epochs,
         sft_batch=sft.batch_size,
-        sft_micro_tokens=getattr(sft, "micro_batch_tokens", None),
-        sft_micro_rows=getattr(sft, "micro_batch_size", None),
+        sft_micro_tokens=sft.micro_batch_tokens,
         sft_saves=any(share < 1 for share in sft.checkpoints_at),
         rollout_rows=rollout.batch_size,
         evaluation_rows=config.evaluation.batch_size,
@@ -111,8 +108,7 @@ def read_settings(config: RunConfig) -> Settings:
         samples_per_prompt=ppo.samples_per_prompt,
         epochs=ppo.epochs,
         minibatches=ppo.minibatches,
-        micro_tokens=getattr(ppo, "micro_batch_tokens", None),
-        micro_rows=getattr(ppo, "micro_batch_size", None),
+        micro_tokens=ppo.micro_batch_tokens,
         recompute=ppo.behaviour_logprobs == "recompute",
         saves=True,  # also at the end
         continued_sft=config.evaluation.continued_sft,
@@ -129,7 +125,6 @@ def has_key(key: str) -> bool:
     return key in valid_keys()
 
 
-def micro_rows(length: int, available: int, tokens: int | None, rows: int | None) -> int:
-    """Rows of one micro-batch: as many of this length as the token budget holds, at least one, at most `rows` and those there are."""
-    fit = available if tokens is None else max(1, tokens // max(1, length))
-    return max(1, min(available, fit, rows if rows is not None else fit))
+def micro_rows(length: int, available: int, tokens: int) -> int:
+    """Rows of one micro-batch: as many of this length as the token budget holds, at least one, at most those there are."""
+    return max(1, min(available, tokens // max(1, length)))

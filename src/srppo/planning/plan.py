@@ -133,9 +133,9 @@ def planned_passes(settings: Settings, lengths: Lengths) -> tuple[dict[str, Pass
     rank = None if s.full else s.lora_rank
     learn: dict[str, Any] = {"train": True, "checkpointing": s.checkpointing, "lora_rank": rank, "lora_targets": s.lora_targets}
     common: dict[str, Any] = {"autocast": s.autocast, "dtype": s.dtype}
-    rows = micro_rows(longest, s.minibatch, s.micro_tokens, s.micro_rows)
-    scored = micro_rows(longest, s.rollouts, s.micro_tokens, s.micro_rows)
-    sft_rows = micro_rows(lengths.max_demonstration, s.sft_batch, s.sft_micro_tokens, s.sft_micro_rows)
+    rows = micro_rows(longest, s.minibatch, s.micro_tokens)
+    scored = micro_rows(longest, s.rollouts, s.micro_tokens)
+    sft_rows = micro_rows(lengths.max_demonstration, s.sft_batch, s.sft_micro_tokens)
     taught = max(1, lengths.max_demonstration - min(lengths.max_prompt, lengths.max_demonstration - 1))
     response = lengths.max_response
     decoded = min(s.rollout_rows, s.rollouts)
@@ -156,13 +156,11 @@ def planned_passes(settings: Settings, lengths: Lengths) -> tuple[dict[str, Pass
 
 def remedies(config: RunConfig, gpu: bool) -> Iterator[dict[str, Any]]:
     """Changes that lower memory, those that change nothing but speed first, those that change what is learned last. They add up."""
-    for section, size in (("ppo", 1024), ("sft", 1024)):
-        key = f"{section}.micro_batch_tokens" if has_key(f"{section}.micro_batch_tokens") else f"{section}.micro_batch_size"
-        value = getattr(getattr(config, section), key.split(".")[1])
-        low = size if key.endswith("tokens") else 1
-        while value is not None and value > low:
-            value = max(low, value // 2)
-            yield {key: value}
+    for section in ("ppo", "sft"):
+        value = getattr(config, section).micro_batch_tokens
+        while value > 256:
+            value = max(256, value // 2)
+            yield {f"{section}.micro_batch_tokens": value}
     for section in ("rollout", "evaluation"):
         value = getattr(config, section).batch_size
         while value > 8:
