@@ -35,6 +35,10 @@ class ModelConfig(Section):
     """transformers' attn_implementation (sdpa, eager, flash_attention_2); its own choice by default."""
     device: str = "auto"
     """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1 …"""
+    compile: bool = False
+    """torch.compile each decoder layer for scoring and training: some seconds to start, then faster. Rollouts are not compiled."""
+    offload_frozen: bool = False
+    """Full tuning on a GPU: the frozen copies (base, sft) stay in the machine's memory and visit the GPU when they are asked."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False

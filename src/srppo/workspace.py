@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from transformers.utils.logging import disable_progress_bar
 
+from srppo.allocator import keep_freed_memory
 from srppo.config import RunConfig, dump
 from srppo.data.chat import ChatFormat
 from srppo.data.demonstrations import Demonstrations, load_demonstrations
@@ -135,6 +136,7 @@ def open_workspace(
     """
     started = time.monotonic()
     progress.note(set_threads(config.threads))
+    keep_freed_memory()
     progress = Watched(progress, ThreadWatch(progress.warn, torch_threads))
     text = dump(config)
     RunFolder.check(config.output, resume=resume, overwrite=overwrite, config_yaml=text, may_differ=may_differ)

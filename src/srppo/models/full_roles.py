@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from srppo.errors import ArchitectureError, ModelError
+from srppo.models.compiled import compile_layers
 from srppo.models.load import remember_config_values
 from srppo.models.modes import set_mode, undisturbed
+from srppo.models.offload import Offloaded
 from srppo.models.plan import plan, share_plan
 from srppo.models.saving import save_model
 from srppo.models.weights import copy_into, distinct_tensors, embedding_rows
@@ -25,11 +27,28 @@ class FullRoles:
 
     kind = "full"
 
-    def __init__(self, base: PreTrainedModel, load: Callable[[str | None], PreTrainedModel], dtype: torch.dtype, frozen_dtype: torch.dtype):
-        """load(None) reads the base again, load(folder) another model; both in the trained precision `dtype`."""
-        self._load, self._dtype, self._frozen_dtype = load, dtype, frozen_dtype
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        load: Callable[[str | None], PreTrainedModel],
+        dtype: torch.dtype,
+        frozen_dtype: torch.dtype,
+        offload: bool = False,
+        compiled: bool = False,
+    ):
+        """load(None) reads the base again, load(folder) another model; both in the trained precision `dtype`.
+
+        offload: frozen models live in the machine's memory. compiled: decoder layers go through torch.compile.
+        """
+        self._load, self._dtype, self._frozen_dtype, self._offload, self._compiled = load, dtype, frozen_dtype, offload, compiled
         self._models: dict[str, PreTrainedModel] = {"base": base}
         self._frozen = {"base"}
+        self._away: dict[str, Offloaded] = {}
+        self._device = base.device
+        if compiled:
+            compile_layers(base)
+        if offload:
+            self._away["base"] = Offloaded(base, self._device)
 
     def names(self) -> set[str]:
         return set(self._models)
@@ -75,10 +94,13 @@ class FullRoles:
     def _add(self, role: str, model: PreTrainedModel, source: str | None = None) -> None:
         if source is not None:
             share_plan(model, self._models[source])
-        self._models[role] = model.eval().requires_grad_(True)
+        if self._compiled:
+            compile_layers(model)
+        self._models[role] = model.to(self._device).eval().requires_grad_(True)  # type: ignore[arg-type]  # transformers' stub
 
     def drop(self, role: str) -> None:
         del self._models[role]
+        self._away.pop(role, None)
         self._frozen.discard(role)
 
     def freeze(self, role: str) -> None:
@@ -86,6 +108,8 @@ class FullRoles:
         model = self._models[role].requires_grad_(False)
         model.zero_grad(set_to_none=True)
         cast_parameters(model, self._frozen_dtype)
+        if self._offload and role not in self._away:
+            self._away[role] = Offloaded(model, self._device)
 
     def frozen(self, role: str) -> bool:
         return role in self._frozen
@@ -94,7 +118,8 @@ class FullRoles:
     def use(self, role: str, train: bool) -> Iterator[PreTrainedModel]:
         model = self._models[role]
         modules, parameters = list(model.modules()), list(model.parameters())
-        with undisturbed(modules, parameters), torch.set_grad_enabled(train):
+        visit = self._away[role].visiting() if role in self._away else nullcontext()
+        with visit, undisturbed(modules, parameters), torch.set_grad_enabled(train):
             set_mode(modules, train)
             if train:
                 model.requires_grad_(True)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srppo.config import ModelConfig, RunConfig
 from srppo.errors import ModelError
+from srppo.models.compiled import compile_layers
 from srppo.models.critic import token_values, value_head
 from srppo.models.forward import token_scores
 from srppo.models.full_roles import FullRoles, refuse_adapter
@@ -299,9 +300,13 @@ def build_roles(config: RunConfig) -> Roles:
     plan(base)
     store: Store
     if config.tuning.kind == "full":
-        store = FullRoles(base, lambda name: load_model(model, name=name), getattr(torch, dtype), getattr(torch, frozen_dtype))
+        precisions = getattr(torch, dtype), getattr(torch, frozen_dtype)
+        offload = model.offload_frozen and base.device.type != "cpu"
+        store = FullRoles(base, lambda name: load_model(model, name=name), *precisions, offload, model.compile)
     else:
         store = LoraRoles(base, config.tuning, source, config.seed, model.allow_pickle)
+        if model.compile:
+            compile_layers(base)
     return Roles(store, tokenizer, special, model, source, base.device)
 
 

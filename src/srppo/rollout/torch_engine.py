@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from srppo.errors import ConfigError, DataError, ModelError
+from srppo.models.compiled import uncompiled
 from srppo.records import Rollout
 from srppo.rollout.attention import grouped
 from srppo.rollout.decode import NextToken, Step, decode, unwrapped
@@ -140,7 +141,12 @@ class TorchEngine:
         autocast = self.autocast is not None and device != "cpu"
         try:
             # not inference_mode: buffers that a model fills on its way would be unusable in training
-            with torch.no_grad(), torch.autocast(device, self.autocast, enabled=autocast), grouped(unwrapped(model)):
+            with (
+                uncompiled(model),
+                torch.no_grad(),
+                torch.autocast(device, self.autocast, enabled=autocast),
+                grouped(unwrapped(model)),
+            ):
                 yield
         finally:
             for module in training:

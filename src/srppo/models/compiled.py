@@ -1,0 +1,28 @@
+"""torch.compile for the layers of a model, one graph for all of a kind."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let each decoder layer run compiled; a model whose layers are not found is left as it is.
+
+    Layer by layer, so that one graph serves them all and the start takes seconds. Shapes are dynamic: each micro-batch has another
+    number of tokens. Decoding switches it off (rollout.torch_engine): a step of one token a row would compile anew as its cache grows.
+    """
+    trunk: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for layer in getattr(trunk, "layers", None) or getattr(trunk, "h", None) or []:
+        layer.compile(dynamic=True)
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """A context in which compiled layers run plainly; nothing, and no import of the compiler, for a model without any."""
+    if all(module._compiled_call_impl is None for module in model.modules()):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
