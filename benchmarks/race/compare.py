@@ -90,22 +90,30 @@ def floor_of(shape: Shape, updates: int, tuning: str, response_tokens: float, ra
 
 
 def row(
-    shape: Shape, tuning: str, updates: int, ours: Sequence[Answer], theirs: dict[str, Sequence[Answer]], rates: dict[str, Any]
+    shape: Shape,
+    tuning: str,
+    updates: int,
+    ours: Sequence[Answer],
+    theirs: dict[str, Sequence[Answer]],
+    rates: dict[str, Any],
+    options: dict[str, Sequence[Answer]] | None = None,
 ) -> dict[str, Any]:
-    """One line of a race. The first of `theirs` does equal work; the others are told beside it."""
+    """One line of a race. The first of `theirs` does equal work; the others, and ours with options, are told beside it."""
     mine, peers = summary(ours), {kind: summary(answers) for kind, answers in theirs.items()}
     first = next(iter(theirs))
     tokens = statistics.fmean(sum(a["response_tokens"]) for a in ours)
     floor = floor_of(shape, updates, tuning, tokens, rates, critic=shape.samples == 1)
-    ratios = {
-        kind: {
-            "speed_ratio": peer["seconds"] / mine["seconds"],
-            "cpu_speed_ratio": peer["cpu_seconds"] / mine["cpu_seconds"],
-            "memory_ratio": mine["memory_mb"] / peer["memory_mb"],
-            "phase_ratios": {name: peer["phases"][name] / mine["phases"][name] for name in PHASES},
+
+    def against(own: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "speed_ratio": peer["seconds"] / own["seconds"],
+            "cpu_speed_ratio": peer["cpu_seconds"] / own["cpu_seconds"],
+            "memory_ratio": own["memory_mb"] / peer["memory_mb"],
+            "phase_ratios": {name: peer["phases"][name] / own["phases"][name] for name in PHASES},
         }
-        for kind, peer in peers.items()
-    }
+
+    ratios = {kind: against(mine, peer) for kind, peer in peers.items()}
+    variants = {option: summary(answers) for option, answers in (options or {}).items()}
     return {
         "shape": shape.to_dict(),
         "tuning": tuning,
@@ -115,6 +123,7 @@ def row(
         "ours": mine,
         "peer": peers[first],
         "other_peers": {kind: peers[kind] | ratios[kind] for kind in list(peers)[1:]},
+        "our_options": {option: own | against(own, peers[first]) for option, own in variants.items()},
         "equal_work": equal_work(shape, updates, ours, theirs.get(f"{tuning}_thrifty", theirs[first])),
         "floor": floor,
         "over_floor_at_peak": mine["cpu_seconds"] / sum(floor["seconds_at_peak"].values()),

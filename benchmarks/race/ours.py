@@ -24,6 +24,7 @@ UNCLIPPED = 1e9  # max_grad_norm: TRL's PPO never clips
 def recipe(shape: Shape, tuning: str, materials: Path, output: Path, updates: int, job: Job) -> dict[str, Any]:
     """Values for config.build that mean the same work as the other side's settings."""
     group = shape.samples > 1
+    tuning, _, option = tuning.partition("_")
     return {
         "output": str(output),
         "seed": job.seed,
@@ -34,8 +35,14 @@ def recipe(shape: Shape, tuning: str, materials: Path, output: Path, updates: in
             "autocast": "bfloat16" if job.autocast else "none",
             "dtype": "float32" if tuning == "full" else job.frozen,  # of the base, where adapters learn
             "frozen_dtype": job.frozen,
+            "compile": option == "compile",
         },
-        "tuning": {"kind": tuning, "lora_rank": shape.rank, "lora_alpha": 2.0 * shape.rank},
+        "tuning": {
+            "kind": tuning,
+            "lora_rank": shape.rank,
+            "lora_alpha": 2.0 * shape.rank,
+            "critic": "head" if option == "head" else "own",
+        },
         "data": {
             "demonstrations": str(materials / "demonstrations.jsonl"),
             "prompts": str(materials / "prompts.jsonl"),

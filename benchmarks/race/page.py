@@ -101,6 +101,9 @@ def rloo(result: Result) -> list[str]:
     ]
 
 
+OPTIONS = {"compile": ("`model.compile: true`", "yes"), "head": ("`tuning.critic: head`", "no critic trunk to train")}
+
+
 def race(result: Result) -> list[str]:
     """Tables of a race's rows."""
     rows = result["rows"]
@@ -112,7 +115,10 @@ def race(result: Result) -> list[str]:
         start = f"| {SHAPE_NAMES[row['name']]} | {row['tuning']} | {row['ours']['seconds']:.2f}"
         lines.append(f"{start} | {_against(row, row['ours'], row['peer'])} | {'yes' if row['equal_work']['equal'] else '**no**'} |")
         for peer in row["other_peers"].values():
-            lines.append(f"{start} | {_against(peer, row['ours'], peer)} | TRL's critic is whole |")
+            lines.append(f"{start} | {_against(peer, row['ours'], peer)} | TRL at its thriftiest |")
+        for option, own in row.get("our_options", {}).items():
+            mine = f"| {SHAPE_NAMES[row['name']]} | {row['tuning']}, {OPTIONS[option][0]} | {own['seconds']:.2f}"
+            lines.append(f"{mine} | {_against(own, own, row['peer'])} | {OPTIONS[option][1]} |")
     lines += [
         "",
         "By phase, seconds of a round, ours / TRL, and the floor of ours:",

@@ -24,6 +24,7 @@ class Peer:
     side: str  # module in benchmarks.race
     kinds: tuple[str, ...]  # Job.tuning of its runs; the first does equal work, the others are told beside it
     path: str | None = None  # put before PYTHONPATH
+    options: tuple[str, ...] = ()  # of ours, told beside our plain run: compile, head (see ours.recipe)
 
 
 def options(description: str | None, name: str) -> argparse.Namespace:
@@ -62,8 +63,9 @@ def race(shape: Shape, tuning: str, updates: int, turns: int, work: Path, peer: 
         ours.append(answer("ours", tuning, turn))
         for kind, answers in theirs.items():
             answers.append(answer(peer.side, kind, turn))
+    others = {option: [answer("ours", f"{tuning}_{option}", turn) for turn in range(turns)] for option in peer.options}
     shutil.rmtree(materials)
-    return compare.row(shape, tuning, updates, ours, theirs, rates)
+    return compare.row(shape, tuning, updates, ours, theirs, rates, others)
 
 
 def race_all(name: str, args: argparse.Namespace, peers: Mapping[str, Peer], samples: int, packages: Mapping[str, str]) -> None:
