@@ -11,7 +11,7 @@ import torch
 from srppo.config import build
 from srppo.methods.srppo import coherent_reward, first_beta, next_beta
 from srppo.records import Rollout, ScoredRollout
-from srppo.train.experience import ValueScale, deal_prompts, judge, make_experience, round_metrics
+from srppo.train.experience import ValueScale, deal_prompts, importance_weights, judge, make_experience, round_metrics
 from srppo.train.update import split_rows
 
 
@@ -47,6 +47,23 @@ def test_rewards_kl_and_returns_by_hand() -> None:
     assert metrics["objective/rlhf_reward"] == pytest.approx((2.25 - 1.5) / 2)
     assert metrics["completions/clipped_ratio"] == 0.5 and metrics["val/num_eos_tokens"] == 1
     assert metrics["completions/mean_length"] == 2.5 and metrics["reward_length_correlation"] == pytest.approx(1.0)
+
+
+def test_importance_weights_correct_an_engine_of_other_precision() -> None:
+    """E_mu[w f] = E_pi[f] while nothing is cut, and a cut at the cap; through make_experience only where the denominator was recomputed."""
+    pi, mu = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.5, 0.1])
+    weights, f = importance_weights(pi.log()[None], mu.log()[None], 10.0)[0], torch.tensor([3.0, -1.0, 7.0])
+    assert float((mu * weights * f).sum()) == pytest.approx(float((pi * f).sum()), rel=1e-6)
+    assert importance_weights(pi.log()[None], mu.log()[None], 1.5)[0].tolist() == pytest.approx([1.25, 0.6, 1.5])
+    record = scored()
+    old = record.rollout.behaviour_logprobs + torch.tensor([[0.1, 2.0, 0.0], [-0.5, 0.0, 0.0]])
+    plain, corrected = (
+        make_experience(record, judge(record, coherent_reward(c.reward), 0.5, old), 0.5, ValueScale(), c).advantages
+        for c in (build({}), build({"ppo": {"behaviour_logprobs": "recompute", "importance_cap": 3.0}}))
+    )
+    expected = plain * torch.tensor([[1.1051709, 3.0, 1.0], [0.6065307, 1.0, 1.0]])
+    assert plain.abs().min() == 0 and plain[0].abs().min() > 0  # the mask's end alone is zero
+    torch.testing.assert_close(corrected, expected)
 
 
 def test_excluded_rollouts_do_not_shape_the_whitening() -> None:

@@ -75,6 +75,19 @@ def test_chunked_equals_torch_distributions_forward_and_backward(name: str, chun
     close(gradients(t, scores.logprobs, scores.entropy), gradients(t, logprobs, spread if entropy else None))
 
 
+def test_a_second_backward_pass_is_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kept probabilities are changed by the first one; and kept or not, forward and backward agree."""
+    t = tensors()
+    kept = chunked_logprobs(t["hidden"], head(t), ids(), chunk=N)
+    weights = torch.linspace(-1, 2, N)
+    first = torch.autograd.grad((weights * kept.logprobs).sum(), list(t.values()), retain_graph=True)
+    close(torch.autograd.grad((weights * kept.logprobs).sum(), list(t.values())), first)
+    monkeypatch.setattr("srppo.logprobs.KEPT_BYTES", N * V * 4 - 1)
+    recomputed = chunked_logprobs(t["hidden"], head(t), ids(), chunk=N)
+    close(kept.logprobs, recomputed.logprobs)
+    close(torch.autograd.grad((weights * recomputed.logprobs).sum(), list(t.values())), first)
+
+
 def head(t: dict[str, Tensor], options: dict[str, Any] | None = None) -> Head:
     options = options or {}
     return Head(t["weight"], t.get("bias"), options.get("softcap"), options.get("multiplier", 1.0))

@@ -18,6 +18,18 @@ from benchmarks.race import memory
 from benchmarks.race.job import KL_COEF, LAMBDA, LEARNING_RATE, Clock, Job, StepCount
 from benchmarks.race.shapes import SHAPES, Shape
 
+OPTIONS: dict[str, dict[str, Any]] = {  # of ours, by the name that follows the tuning in Job.tuning
+    "": {},
+    "compile": {"model.compile": True},
+    "head": {"tuning.critic": "head"},
+    "tokens512": {"ppo.micro_batch_tokens": 512},
+    "checkpointing": {"model.gradient_checkpointing": True},
+    "frozen16": {"model.frozen_dtype": "bfloat16"},
+    "autocast": {"model.autocast": "bfloat16"},
+    "apart": {"rollout.merge_adapters": False},
+    "recompute": {"ppo.behaviour_logprobs": "recompute"},
+    "entropy": {"ppo.entropy": True},
+}
 UNCLIPPED = 1e9  # max_grad_norm: TRL's PPO never clips
 
 
@@ -25,7 +37,7 @@ def recipe(shape: Shape, tuning: str, materials: Path, output: Path, updates: in
     """Values for config.build that mean the same work as the other side's settings."""
     group = shape.samples > 1
     tuning, _, option = tuning.partition("_")
-    return {
+    values: dict[str, Any] = {
         "output": str(output),
         "seed": job.seed,
         "threads": 1 if job.device == "cpu" else None,
@@ -35,14 +47,8 @@ def recipe(shape: Shape, tuning: str, materials: Path, output: Path, updates: in
             "autocast": "bfloat16" if job.autocast else "none",
             "dtype": "float32" if tuning == "full" else job.frozen,  # of the base, where adapters learn
             "frozen_dtype": job.frozen,
-            "compile": option == "compile",
         },
-        "tuning": {
-            "kind": tuning,
-            "lora_rank": shape.rank,
-            "lora_alpha": 2.0 * shape.rank,
-            "critic": "head" if option == "head" else "own",
-        },
+        "tuning": {"kind": tuning, "lora_rank": shape.rank, "lora_alpha": 2.0 * shape.rank},
         "data": {
             "demonstrations": str(materials / "demonstrations.jsonl"),
             "prompts": str(materials / "prompts.jsonl"),
@@ -72,6 +78,10 @@ def recipe(shape: Shape, tuning: str, materials: Path, output: Path, updates: in
         "guard": {"every": 0},
         "evaluation": {"scorer": "none", "continued_sft": False},
     }
+    for key, value in OPTIONS[option].items():
+        section, name = key.split(".")
+        values[section][name] = value
+    return values
 
 
 class TimedProgress:

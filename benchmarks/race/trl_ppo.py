@@ -32,7 +32,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 class LogRatio(nn.Module):
     """log pi_sft - log pi_base of the response so far at each token, in the place of a trunk's last states [B, L, 1]."""
 
-    def __init__(self, sft: nn.Module, base: nn.Module, prompt: int, thrifty: bool):
+    def __init__(self, sft: nn.Module, base: nn.Module, prompt: int, thrifty: bool = False):
         super().__init__()
         self.sft, self.base, self.prompt, self.thrifty = sft, base, prompt, thrifty
         self.tokens: list[int] = []  # response tokens of each call

@@ -17,6 +17,15 @@ def rollout_tokens(rollout: Rollout) -> int:
     return sum(len(p) for p in rollout.prompt_ids) + int(rollout.mask.sum())
 
 
+def padding_tokens(roles: Roles, rollout: Rollout, tokens: int, rows: list[int] | None = None) -> int:
+    """Positions without a token in the micro-batches that a pass over some rows (all by default) goes through; 0 with flat rows."""
+    if roles.flat:
+        return 0
+    lengths = [len(p) + n for p, n in zip(rollout.prompt_ids, rollout.lengths.tolist())]
+    taken = [lengths[r] for r in rows] if rows is not None else lengths
+    return sum(taken[chunk[0]] * len(chunk) - sum(taken[i] for i in chunk) for chunk in token_chunks(taken, tokens))
+
+
 def micro_batches(roles: Roles, rollout: Rollout, tokens: int, rows: list[int] | None = None) -> list[tuple[list[int], TokenBatch]]:
     """Rows of a rollout (all by default) by like length, with their batches, each of at most so many tokens or of one row."""
     rows = list(range(len(rollout.prompt_ids))) if rows is None else rows

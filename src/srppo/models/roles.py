@@ -80,6 +80,11 @@ class Roles:
         self._store, self._source = store, source
         self._head: nn.Linear | None = None
 
+    @property
+    def flat(self) -> bool:
+        """Whether batches are run as flat rows, without padding."""
+        return plan(self._store.model("base")).flat
+
     # --- which roles there are
 
     def names(self) -> set[str]:

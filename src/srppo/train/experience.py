@@ -13,7 +13,7 @@ from torch import Tensor
 from srppo.advantages import generalized_advantages, group_baseline, reward_to_go
 from srppo.config import RunConfig
 from srppo.masking import masked_mean, masked_sum, masked_whiten
-from srppo.models.over_rollout import logprobs_and_states, over_rollout, role_logprobs, rollout_tokens
+from srppo.models.over_rollout import logprobs_and_states, over_rollout, padding_tokens, role_logprobs, rollout_tokens
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
 from srppo.records import Experience, Prompt, Rollout, ScoredRollout
@@ -82,6 +82,7 @@ def score(
         preference = preference_model.scores(rollout, tokens)
     models = len(needed) + (roles.has_critic and not headed) + (preference_model is not None)
     compute.forward_tokens += models * rollout_tokens(rollout)
+    compute.padding_tokens += models * padding_tokens(roles, rollout, tokens)
     return ScoredRollout(
         rollout, said[reward_role], said["base"], said["sft"], said.get(config.reward.kl_anchor), values, preference, states
     )

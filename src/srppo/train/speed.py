@@ -48,7 +48,7 @@ def rates(responses: int, seconds: Mapping[str, float], collected: Compute, spen
         "rollout/tokens_per_second": responses / max(seconds["rollout"], 1e-9),
         **{f"{name}/tokens_per_second": tokens / max(seconds[name], 1e-9) for name, tokens in passed.items()},
     }
-    share = padding_share(getattr(spent, "padding_tokens", None), spent.forward_tokens + spent.trained_tokens)
+    share = padding_share(spent.padding_tokens, spent.forward_tokens + spent.trained_tokens)
     return out if share is None else out | {"padding_share": share}
 
 

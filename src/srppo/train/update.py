@@ -15,7 +15,7 @@ from srppo.config import PPOConfig
 from srppo.errors import TrainingStopped
 from srppo.losses.policy import clipped_surrogate
 from srppo.losses.value import clipped_value_loss
-from srppo.models.over_rollout import micro_batches
+from srppo.models.over_rollout import micro_batches, padding_tokens
 from srppo.models.roles import Roles
 from srppo.records import Experience, LossOutput, TokenBatch
 from srppo.rollout.engine import mismatch
@@ -114,6 +114,8 @@ def _minibatch(
     rollout, device = experience.rollout, roles.device
     denominator = int(rollout.lengths[minibatch].sum())
     micros = micro_batches(roles, rollout, config.micro_batch_tokens, minibatch)
+    passes = train_policy + (critic is not None and experience.states is None)
+    compute.padding_tokens += passes * padding_tokens(roles, rollout, config.micro_batch_tokens, minibatch)
 
     def flat(x: Tensor, rows: list[int]) -> Tensor:
         return x[rows][rollout.mask[rows]].to(device)
