@@ -40,6 +40,14 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """States of a batch's flat row (models.flat) that enter the decoder layer number `depth`, the first that differs between roles."""
+
+    states: Tensor  # [tokens, H]
+    depth: int
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """Right-padded sequences and which of their tokens count.
 
@@ -52,6 +60,7 @@ class TokenBatch:
     attention_mask: Tensor  # [B, L] int64, 1 on real tokens
     target_mask: Tensor  # [B, L] bool, True at the N tokens whose log-probability counts; column 0 is never True
     segment_ids: Tensor | None = None  # [B, L] int64, 1, 2 ... for the examples packed in a row, 0 on padding; None: one a row
+    prefix: Prefix | None = None  # what the layers below the adapters say of it, where that is known already
 
     @property
     def targets(self) -> int:
@@ -70,7 +79,8 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         segments = None if self.segment_ids is None else self.segment_ids.to(device)
-        return TokenBatch(self.ids.to(device), self.attention_mask.to(device), self.target_mask.to(device), segments)
+        prefix = None if self.prefix is None else Prefix(self.prefix.states.to(device), self.prefix.depth)
+        return TokenBatch(self.ids.to(device), self.attention_mask.to(device), self.target_mask.to(device), segments, prefix)
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,7 @@ class ScoredRollout:
     values: Tensor  # [B, T] critic's value of the state before each response token, in the critic's units
     preference: Tensor | None = None  # [B] a reward model's score of each response; None with the coherent reward
     states: list[Tensor] | None = None  # B of [T_b, H], the frozen states a critic without a trunk reads; None where it has one
+    prefixes: list[Tensor] | None = None  # B of [P_b + T_b - 1, H], states that enter the first adapted layer; None where all are adapted
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,7 @@ class Experience:
     returns: Tensor  # [B, T] the critic's targets, in its units
     keep: Tensor  # [B] bool, False for rollouts left out of the loss (missing-EOS treatment "exclude")
     states: list[Tensor] | None = None  # as in ScoredRollout
+    prefixes: list[Tensor] | None = None  # as in ScoredRollout
 
 
 @dataclass(frozen=True)

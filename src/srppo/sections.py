@@ -58,6 +58,9 @@ class TuningConfig(Section):
     """Dropout inside the adapters during training. Above 0 the PPO ratio at the first step is no longer 1."""
     lora_targets: str | list[str] = "all-linear"
     """PEFT target modules."""
+    lora_layers: int | None = Field(default=None, ge=1)
+    """Adapters on the last so many decoder layers only; all of them if unset. What is below is then the same for all roles and steps:
+    PPO runs it once a rollout and keeps its states (tokens x hidden size)."""
     critic: Literal["own", "head"] = "own"
     """own: the critic has a trunk, a copy of the SFT model or an adapter. head: it is a linear head on the frozen SFT model's states,
     which scoring computes anyway: almost no time and memory, and a coarser baseline."""

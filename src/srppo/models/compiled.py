@@ -16,9 +16,14 @@ def compile_layers(model: PreTrainedModel) -> None:
     Layer by layer, so that one graph serves them all and the start takes seconds. Shapes are dynamic: each micro-batch has another
     number of tokens. Decoding switches it off (rollout.torch_engine): a step of one token a row would compile anew as its cache grows.
     """
-    trunk: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for layer in getattr(trunk, "layers", None) or getattr(trunk, "h", None) or []:
+    for layer in layers_of(model):
         layer.compile(dynamic=True)
+
+
+def layers_of(model: PreTrainedModel) -> Any:
+    """The decoder's layers (a ModuleList), under the names transformers uses; empty where there are none."""
+    trunk: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return getattr(trunk, "layers", None) or getattr(trunk, "h", None) or nn.ModuleList()
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[object]:

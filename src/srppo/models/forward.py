@@ -18,6 +18,7 @@ from srppo.logprobs import chunked_logprobs, token_logprobs
 from srppo.masking import predicting, target_ids
 from srppo.models.flat import flat_row
 from srppo.models.plan import head_of, plan, run_logits, run_trunk
+from srppo.models.prefix import run_above
 from srppo.records import TokenBatch, TokenScores
 
 _Run = Callable[..., Tensor]
@@ -29,7 +30,10 @@ def target_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     model: a causal language model, or its bare trunk; batch on its device. No token sees padding or another example of its
     row, and no padding mask is passed: attention then takes its fast causal path.
     """
-    return _predicting(run_trunk, model, batch)
+    if batch.prefix is None:
+        return _predicting(run_trunk, model, batch)
+    row = flat_row(batch)
+    return run_above(model, batch.prefix.states, row, batch.prefix.depth)[0].index_select(0, row.predicting)
 
 
 def token_scores(

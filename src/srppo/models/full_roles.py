@@ -140,6 +140,9 @@ class FullRoles:
     def write(self, role: str, folder: str) -> None:
         save_model(self._models[role], folder)
 
+    def prefix_depth(self) -> int:
+        return 0  # every layer of every role is its own
+
     def model(self, role: str) -> PreTrainedModel:
         return self._models[role]
 

@@ -7,6 +7,7 @@ disabling and enabling adapters does the same. So each use records what it finds
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,11 +23,16 @@ from transformers.pytorch_utils import Conv1D
 from srppo.config import TuningConfig
 from srppo.errors import ModelError
 from srppo.models.adapters import read_adapter
+from srppo.models.compiled import layers_of
+from srppo.models.flat import flat_row
 from srppo.models.lora_linear import install
 from srppo.models.modes import set_mode, undisturbed
+from srppo.models.plan import plan, run_trunk
+from srppo.models.prefix import run_above, run_prefix
 from srppo.models.saving import save_adapter
 from srppo.models.source import Source
 from srppo.models.weights import copy_into, distinct_tensors, embedding_rows
+from srppo.records import TokenBatch
 from srppo.seeding import stream_seed
 
 
@@ -39,6 +45,7 @@ class LoraRoles:
         self._model, self._tuning, self._source, self._seed, self._allow_pickle = base, tuning, source, seed, allow_pickle
         self._peft: Any = None  # a PeftModel, made with the first adapter
         self._frozen = {"base"}
+        self._depth: int | None = None
         self._recount()
         if base.is_gradient_checkpointing:
             # Recomputation in the backward pass must meet the adapter of the forward pass, even after its `use` has ended.
@@ -87,10 +94,55 @@ class LoraRoles:
             r=t.lora_rank,
             lora_alpha=t.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
             lora_dropout=t.lora_dropout,
-            target_modules=t.lora_targets,
+            target_modules=t.lora_targets if t.lora_layers is None else self._last_layers(t.lora_layers),
             fan_in_fan_out=any(isinstance(m, Conv1D) for m in self._model.modules()),
             task_type="CAUSAL_LM",
         )
+
+    def _last_layers(self, count: int) -> list[str]:
+        """Full names of the modules that tuning.lora_targets means, in the last `count` layers of the decoder."""
+        layers, asked = layers_of(self._model), self._tuning.lora_targets
+        if len(layers) < count:
+            raise ModelError(
+                f"tuning.lora_layers is {count}, but {self._source} has {len(layers)} decoder layers"
+                + ("" if len(layers) else " that can be told apart; leave it unset")
+            )
+        inside = {id(m) for layer in layers[len(layers) - count :] for m in layer.modules()}
+        plain = {n: m for n, m in self._model.named_modules() if id(m) in inside and not any(p.startswith("lora_") for p in n.split("."))}
+        named = {n.removesuffix(".base_layer"): m for n, m in plain.items() if not isinstance(m, BaseTunerLayer)}
+        if asked == "all-linear":
+            found = [n for n, m in named.items() if isinstance(m, (nn.Linear, Conv1D))]
+        elif isinstance(asked, str):
+            found = [n for n in named if re.fullmatch(asked, n)]
+        else:
+            found = [n for n in named if any(n == t or n.endswith(f".{t}") for t in asked)]
+        if not found:
+            raise ModelError(f"tuning.lora_targets {asked} names nothing in the last {count} layers of {self._source}")
+        return found
+
+    def prefix_depth(self) -> int:
+        """The first adapted layer's number, if the layers below can be run apart: tried once with the present adapters."""
+        if self._depth is None:
+            self._depth = self._find_depth()
+        return self._depth
+
+    def _find_depth(self) -> int:
+        layers = layers_of(self._model)
+        inside = {id(m): number for number, layer in enumerate(layers) for m in layer.modules()}
+        numbers = [inside.get(id(m), 0) for m in self._layers]  # an adapter outside the layers: nothing is shared
+        depth = min(numbers, default=0)
+        found = plan(self._model)
+        if depth == 0 or not (found.flat and found.direct_head):
+            return 0
+        ids = torch.arange(1, 9, device=self._model.device)[None] % embedding_rows(self._model)
+        row = flat_row(TokenBatch(ids, torch.ones_like(ids), ids.new_ones(ids.shape).bool() & (ids.cumsum(1) > 1)))
+        with self.use("base", False) as model:
+            whole = run_trunk(model, row.ids[None], row.positions[None], row.layout)
+            try:
+                parted = run_above(model, run_prefix(model, row, depth), row, depth)
+            except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
+                return 0
+        return depth if torch.allclose(whole, parted, rtol=1e-4, atol=1e-4 * float(whole.abs().max())) else 0
 
     def _config_of(self, role: str) -> PeftConfig:
         assert self._peft is not None
@@ -166,6 +218,7 @@ class LoraRoles:
         self._parameters = list(self._model.parameters())
         self._layers = [m for m in self._modules if isinstance(m, BaseTunerLayer)]
         install(self._layers)
+        self._depth = None  # another adapter may reach further down
 
     def _active(self) -> str:
         if not self._layers or self._layers[0].disable_adapters or not self._layers[0].active_adapters:

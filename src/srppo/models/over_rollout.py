@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from srppo.masking import rollout_batch, token_chunks, unflatten
 from srppo.models.roles import Roles
-from srppo.records import Rollout, TokenBatch
+from srppo.records import Prefix, Rollout, TokenBatch
 
 
 def rollout_tokens(rollout: Rollout) -> int:
@@ -26,36 +27,60 @@ def padding_tokens(roles: Roles, rollout: Rollout, tokens: int, rows: list[int] 
     return sum(taken[chunk[0]] * len(chunk) - sum(taken[i] for i in chunk) for chunk in token_chunks(taken, tokens))
 
 
-def micro_batches(roles: Roles, rollout: Rollout, tokens: int, rows: list[int] | None = None) -> list[tuple[list[int], TokenBatch]]:
+def micro_batches(
+    roles: Roles, rollout: Rollout, tokens: int, rows: list[int] | None = None, prefixes: list[Tensor] | None = None
+) -> list[tuple[list[int], TokenBatch]]:
     """Rows of a rollout (all by default) by like length, with their batches, each of at most so many tokens or of one row."""
     rows = list(range(len(rollout.prompt_ids))) if rows is None else rows
     responses = rollout.lengths.tolist()
     chunks = token_chunks([len(rollout.prompt_ids[r]) + responses[r] for r in rows], tokens)
     parts = [[rows[i] for i in chunk] for chunk in chunks]
-    return [(part, rollout_batch(rollout, part, roles.special.pad_id).to(roles.device)) for part in parts]
+    batches = [rollout_batch(rollout, part, roles.special.pad_id) for part in parts]
+    if prefixes is not None:
+        known = [Prefix(torch.cat([prefixes[r] for r in part]), roles.prefix_depth) for part in parts]
+        batches = [replace(batch, prefix=prefix) for batch, prefix in zip(batches, known)]
+    return [(part, batch.to(roles.device)) for part, batch in zip(parts, batches)]
 
 
-def over_rollout(roles: Roles, rollout: Rollout, tokens: int, word: Callable[[TokenBatch], Tensor]) -> Tensor:
+def prefixes(roles: Roles, rollout: Rollout, tokens: int) -> list[Tensor] | None:
+    """B of [P_b + T_b - 1, H] on the device: what the layers below the first adapter say of each row but its last token, which predicts
+    nothing. None where the first layer has an adapter."""
+    if not roles.prefix_depth:
+        return None
+    out = [torch.empty(0)] * len(rollout.prompt_ids)
+    lengths = rollout.lengths.tolist()
+    for rows, batch in micro_batches(roles, rollout, tokens):
+        states = roles.prefix_states(batch)
+        for row, own in zip(rows, states.split([len(rollout.prompt_ids[r]) + lengths[r] - 1 for r in rows])):
+            out[row] = own.clone()
+    return out
+
+
+def over_rollout(
+    roles: Roles, rollout: Rollout, tokens: int, word: Callable[[TokenBatch], Tensor], prefixes: list[Tensor] | None = None
+) -> Tensor:
     """[B, T] float32 on the CPU, zero off the mask, of a function TokenBatch -> [N] (one value a target token).
 
-    tokens: in memory at once, those of one row at least. No gradient is kept.
+    tokens: in memory at once, those of one row at least. prefixes: of the rows, where known. No gradient is kept.
     """
     out = torch.zeros(rollout.mask.shape)
-    for rows, batch in micro_batches(roles, rollout, tokens):
+    for rows, batch in micro_batches(roles, rollout, tokens, prefixes=prefixes):
         out[rows] = unflatten(word(batch).detach().float().cpu(), rollout.mask[rows])
     return out
 
 
-def role_logprobs(roles: Roles, role: str, rollout: Rollout, tokens: int) -> Tensor:
+def role_logprobs(roles: Roles, role: str, rollout: Rollout, tokens: int, prefixes: list[Tensor] | None = None) -> Tensor:
     """[B, T] log-probability of each response token under a role."""
-    return over_rollout(roles, rollout, tokens, lambda batch: roles.score(role, batch).logprobs)
+    return over_rollout(roles, rollout, tokens, lambda batch: roles.score(role, batch).logprobs, prefixes)
 
 
-def logprobs_and_states(roles: Roles, role: str, rollout: Rollout, tokens: int) -> tuple[Tensor, list[Tensor]]:
+def logprobs_and_states(
+    roles: Roles, role: str, rollout: Rollout, tokens: int, prefixes: list[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """role_logprobs, and from the same pass B of [T_b, H]: the states that predict each row's response tokens, on the role's device."""
     out, states = torch.zeros(rollout.mask.shape), [torch.empty(0)] * len(rollout.prompt_ids)
     lengths = rollout.lengths
-    for rows, batch in micro_batches(roles, rollout, tokens):
+    for rows, batch in micro_batches(roles, rollout, tokens, prefixes=prefixes):
         scores = roles.score(role, batch, states=True)
         assert scores.states is not None
         out[rows] = unflatten(scores.logprobs.float().cpu(), rollout.mask[rows])

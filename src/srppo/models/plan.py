@@ -67,7 +67,7 @@ def run_trunk(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = No
 
     layout: of a flat row, where plan(model).flat; then ids and positions are [1, tokens].
     """
-    out = model.get_decoder()(input_ids=ids, use_cache=False, **_arguments(positions, layout))
+    out = model.get_decoder()(input_ids=ids, use_cache=False, **flat_arguments(positions, layout))
     states = getattr(out, "last_hidden_state", None)
     if states is None:
         raise ModelError(f"{model.name_or_path}: unsupported architecture: the decoder of {type(model).__name__} returns no hidden states")
@@ -76,10 +76,11 @@ def run_trunk(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = No
 
 def run_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None, layout: Layout | None = None) -> Tensor:
     """[B, L, V] logits by the model's own forward; arguments as in run_trunk."""
-    return model(input_ids=ids, use_cache=False, **_arguments(positions, layout)).logits
+    return model(input_ids=ids, use_cache=False, **flat_arguments(positions, layout)).logits
 
 
-def _arguments(positions: Tensor | None, layout: Layout | None) -> dict[str, Any]:
+def flat_arguments(positions: Tensor | None, layout: Layout | None) -> dict[str, Any]:
+    """Keyword arguments of a decoder for these positions and, with a layout, for a flat row."""
     given: dict[str, Any] = {} if positions is None else {"position_ids": positions}
     return given if layout is None else given | {"attention_mask": layout.marker, "srppo_layout": layout}
 

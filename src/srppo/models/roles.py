@@ -20,11 +20,13 @@ from srppo.config import ModelConfig, RunConfig
 from srppo.errors import ModelError
 from srppo.models.compiled import compile_layers
 from srppo.models.critic import token_values, value_head
-from srppo.models.forward import token_scores
+from srppo.models.flat import flat_row
+from srppo.models.forward import autocasting, token_scores
 from srppo.models.full_roles import FullRoles, refuse_adapter
 from srppo.models.load import load_model
 from srppo.models.lora_roles import LoraRoles
 from srppo.models.plan import plan
+from srppo.models.prefix import run_prefix
 from srppo.models.saving import atomic_folder, model_card, valid_generation_config
 from srppo.models.source import Source, find_source, is_adapter, model_source, read_json
 from srppo.models.tokens import (
@@ -61,6 +63,7 @@ class Store(Protocol):
     def load_state(self, role: str, state: Mapping[str, Tensor]) -> None: ...
     def vocabulary_rows(self, role: str) -> int: ...
     def write(self, role: str, folder: str) -> None: ...
+    def prefix_depth(self) -> int: ...
     def model(self, role: str) -> PreTrainedModel: ...
 
 
@@ -84,6 +87,17 @@ class Roles:
     def flat(self) -> bool:
         """Whether batches are run as flat rows, without padding."""
         return plan(self._store.model("base")).flat
+
+    @property
+    def prefix_depth(self) -> int:
+        """How many of the decoder's first layers are the same for all roles (in lora tuning, those below the first adapter), where their
+        states can be kept and used again; 0 where they cannot."""
+        return self._store.prefix_depth()
+
+    def prefix_states(self, batch: TokenBatch) -> Tensor:
+        """[tokens, H] of the batch's flat row: what enters layer prefix_depth."""
+        with self.use("base") as model, autocasting(model.device, self.model_config.autocast):
+            return run_prefix(model, flat_row(batch), self.prefix_depth)
 
     # --- which roles there are
 

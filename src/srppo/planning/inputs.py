@@ -79,21 +79,21 @@ class Settings:
 
 
 def read_settings(config: RunConfig) -> Settings:
-    """The adapter between the recipe's keys and the plan. Keys that this version does not have yet take the value they would have."""
+    """The adapter between the recipe's keys and the plan."""
     model, tuning, sft, ppo, rollout = config.model, config.tuning, config.sft, config.ppo, config.rollout
-    critic = "none" if ppo.baseline != "critic" else getattr(tuning, "critic", "own")
+    critic = "none" if ppo.baseline != "critic" else tuning.critic
     targets = tuning.lora_targets
     return Settings(
         full=tuning.kind == "full",
         lora_rank=tuning.lora_rank,
         lora_targets=targets if isinstance(targets, str) else tuple(targets),
-        lora_layers=getattr(tuning, "lora_layers", None) if tuning.kind == "lora" else None,
+        lora_layers=tuning.lora_layers if tuning.kind == "lora" else None,
         critic=critic,
         dtype=model.dtype,
         frozen_dtype=model.frozen_dtype or model.dtype,
         autocast=model.autocast,
         checkpointing=model.gradient_checkpointing,
-        offload_frozen=tuning.kind == "full" and bool(getattr(model, "offload_frozen", False)),
+        offload_frozen=tuning.kind == "full" and model.offload_frozen,
         reward_model=config.reward.checkpoint not in ("auto", "sft"),
         sft_steps=0 if sft.checkpoint is not None else sft.steps,
         sft_epochs=sft.epochs,

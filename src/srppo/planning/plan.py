@@ -179,8 +179,7 @@ def remedies(config: RunConfig, gpu: bool) -> Iterator[dict[str, Any]]:
         yield {"tuning.kind": "lora"}
     if config.model.dtype == "float32":
         yield {"model.dtype": "bfloat16"}
-    if has_key("tuning.lora_layers"):
-        yield {"tuning.lora_layers": 4}
+    yield {"tuning.lora_layers": 4}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from srppo.advantages import generalized_advantages, group_baseline, reward_to_go
 from srppo.config import RunConfig
 from srppo.masking import masked_mean, masked_sum, masked_whiten
-from srppo.models.over_rollout import logprobs_and_states, over_rollout, padding_tokens, role_logprobs, rollout_tokens
+from srppo.models.over_rollout import logprobs_and_states, over_rollout, padding_tokens, prefixes, role_logprobs, rollout_tokens
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
 from srppo.records import Experience, Prompt, Rollout, ScoredRollout
@@ -64,18 +64,19 @@ def score(
     needed = {reward_role, "base", "sft"}  # the anchor is one of these
     said, states, values = {}, None, torch.zeros(rollout.mask.shape)
     headed = roles.has_critic and not roles.critic_has_trunk
+    below = prefixes(roles, rollout, tokens)
     for role in sorted(needed):
         check()
         if role == "sft" and headed:
-            said[role], states = logprobs_and_states(roles, role, rollout, tokens)
+            said[role], states = logprobs_and_states(roles, role, rollout, tokens, below)
         else:
-            said[role] = role_logprobs(roles, role, rollout, tokens)
+            said[role] = role_logprobs(roles, role, rollout, tokens, below)
     check()
     if states is not None:
         with torch.no_grad():
             values[rollout.mask] = roles.values_of(torch.cat(states)).cpu()
     elif roles.has_critic:
-        values = over_rollout(roles, rollout, tokens, roles.values)
+        values = over_rollout(roles, rollout, tokens, roles.values, below)
     preference = None
     if preference_model is not None:
         check()
@@ -84,7 +85,7 @@ def score(
     compute.forward_tokens += models * rollout_tokens(rollout)
     compute.padding_tokens += models * padding_tokens(roles, rollout, tokens)
     return ScoredRollout(
-        rollout, said[reward_role], said["base"], said["sft"], said.get(config.reward.kl_anchor), values, preference, states
+        rollout, said[reward_role], said["base"], said["sft"], said.get(config.reward.kl_anchor), values, preference, states, below
     )
 
 
@@ -159,7 +160,7 @@ def make_experience(scored: ScoredRollout, judged: Judged, beta: float, scale: V
     if ppo.behaviour_logprobs == "recompute":
         advantages = advantages * importance_weights(judged.old_logprobs, rollout.behaviour_logprobs, ppo.importance_cap)
     targets = torch.where(mask, (returns - scale.mean) / scale.std, 0.0)
-    return Experience(rollout, judged.old_logprobs, scored.values, advantages, targets, judged.reward.keep, scored.states)
+    return Experience(rollout, judged.old_logprobs, scored.values, advantages, targets, judged.reward.keep, scored.states, scored.prefixes)
 
 
 def importance_weights(trainer_logprobs: Tensor, engine_logprobs: Tensor, cap: float) -> Tensor:

@@ -113,7 +113,7 @@ def _minibatch(
     """One optimizer step of each learner on a minibatch. Returns its approximate KL, nats a token."""
     rollout, device = experience.rollout, roles.device
     denominator = int(rollout.lengths[minibatch].sum())
-    micros = micro_batches(roles, rollout, config.micro_batch_tokens, minibatch)
+    micros = micro_batches(roles, rollout, config.micro_batch_tokens, minibatch, experience.prefixes)
     passes = train_policy + (critic is not None and experience.states is None)
     compute.padding_tokens += passes * padding_tokens(roles, rollout, config.micro_batch_tokens, minibatch)
 
