@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from srppo.config import RunConfig, build, merge, valid_keys
+from srppo.config import RunConfig, build, merge
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -118,11 +118,6 @@ def read_settings(config: RunConfig) -> Settings:
 def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """The configuration with some dotted keys set, checked like a recipe."""
     return build(merge(config.model_dump(), dict(changes)))
-
-
-def has_key(key: str) -> bool:
-    """Whether this version's recipes have the key."""
-    return key in valid_keys()
 
 
 def micro_rows(length: int, available: int, tokens: int) -> int:

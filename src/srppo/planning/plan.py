@@ -11,7 +11,7 @@ from srppo.config import RunConfig
 from srppo.planning.architecture import Architecture
 from srppo.planning.clock import Times, times
 from srppo.planning.dryrun import Footprint, Pass, footprint
-from srppo.planning.inputs import Lengths, Settings, changed, has_key, micro_rows, read_settings
+from srppo.planning.inputs import Lengths, Settings, changed, micro_rows, read_settings
 from srppo.planning.machine import Machine
 from srppo.planning.memory import HOLES, PREFILL_TOKENS, Model, Phase, phases, with_holes
 
@@ -171,9 +171,9 @@ def remedies(config: RunConfig, gpu: bool) -> Iterator[dict[str, Any]]:
     if config.tuning.kind == "full":
         if (config.model.frozen_dtype or config.model.dtype) == "float32":
             yield {"model.frozen_dtype": "bfloat16"}
-        if gpu and has_key("model.offload_frozen"):
+        if gpu:
             yield {"model.offload_frozen": True}
-    if has_key("tuning.critic") and config.ppo.baseline == "critic":
+    if config.ppo.baseline == "critic":
         yield {"tuning.critic": "head"}
     if config.tuning.kind == "full":
         yield {"tuning.kind": "lora"}
