@@ -68,7 +68,7 @@ def measure(name: str, gguf: str | None, how: str, dtype: str, rows: int, tokens
         ours, _ = timed(plain, roles, "policy", prompts, tokens, turn * rows)
         theirs, rollout = timed(fast, roles, "policy", prompts, tokens, turn * rows)
         pairs.append([ours, theirs])
-        off.append(mismatch(rollout.behaviour_logprobs, role_logprobs(roles, "policy", rollout, 8), rollout.mask))
+        off.append(mismatch(rollout.behaviour_logprobs, role_logprobs(roles, "policy", rollout, 2048), rollout.mask))
         with torch.no_grad():
             for parameter in roles.parameters("policy").values():
                 parameter.mul_(1.0)  # counts as a change

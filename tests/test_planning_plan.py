@@ -20,7 +20,7 @@ from srppo.planning.dryrun import Footprint
 from srppo.planning.inputs import Lengths, changed, micro_rows, read_settings
 from srppo.planning.lengths import find_lengths, limits
 from srppo.planning.machine import Machine, find_machine, from_table, parse_bytes
-from srppo.planning.memory import Phase, cache_bytes, pass_peak, phases, step_peak, with_holes
+from srppo.planning.memory import Phase, cache_bytes, pass_peak, phases, with_holes
 from srppo.planning.plan import Plan, describe, find_remedy, make_plan, planned_passes
 from srppo.planning.tell import fragment, verdict
 from tiny_job import tiny_job
@@ -114,7 +114,6 @@ def test_first_micro_batch_makes_gradients_while_activations_go() -> None:
     assert pass_peak(f, 100, 5, micro_batches=2) == 190
     assert pass_peak(f, 100, 5, micro_batches=1) == 110
     assert pass_peak(f, 20, 5, micro_batches=1) == 90
-    assert step_peak(100, 7, 4, on_gpu=True) == 200 and step_peak(100, 7, 4, on_gpu=False) == 156
     assert with_holes(f, 2.0) == Footprint(140, 150, 180, 160, 10)
 
 

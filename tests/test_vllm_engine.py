@@ -116,7 +116,7 @@ def test_the_samples_are_of_the_role_and_follow_its_training(engine: VLLMEngine,
     def check(role: str) -> None:
         with roles.use(role) as model:
             rollout = engine.generate(model, PROMPTS, SEEDS, Sampling(8))
-        apart = mismatch(rollout.behaviour_logprobs, role_logprobs(roles, role, rollout, 8), rollout.mask)
+        apart = mismatch(rollout.behaviour_logprobs, role_logprobs(roles, role, rollout, 2048), rollout.mask)
         assert apart["max_abs"] < 1e-4, role
         said[role] = rollout.behaviour_logprobs
 
@@ -212,7 +212,7 @@ def test_a_real_server(tmp_path: Path) -> None:
                     train_role(roles[kind], "policy")
                 with roles[kind].use(role) as model:
                     rollout = engine.generate(model, PROMPTS, SEEDS, Sampling(8))
-                apart = mismatch(rollout.behaviour_logprobs, role_logprobs(roles[kind], role, rollout, 8), rollout.mask)
+                apart = mismatch(rollout.behaviour_logprobs, role_logprobs(roles[kind], role, rollout, 2048), rollout.mask)
                 assert apart["max_abs"] < 1e-4, (kind, role, turn)
         assert engine._lora  # by adapters, not merged
         whole = [rollout.response_ids(r) for r in range(16)]

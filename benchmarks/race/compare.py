@@ -98,7 +98,7 @@ def row(
     rates: dict[str, Any],
     options: dict[str, Sequence[Answer]] | None = None,
 ) -> dict[str, Any]:
-    """One line of a race. The first of `theirs` does equal work; the others, and ours with options, are told beside it."""
+    """One line of a race. The first of `theirs` is the rival; the others, and ours with options, are told beside it."""
     mine, peers = summary(ours), {kind: summary(answers) for kind, answers in theirs.items()}
     first = next(iter(theirs))
     tokens = statistics.fmean(sum(a["response_tokens"]) for a in ours)
@@ -124,7 +124,8 @@ def row(
         "peer": peers[first],
         "other_peers": {kind: peers[kind] | ratios[kind] for kind in list(peers)[1:]},
         "our_options": {option: own | against(own, peers[first]) for option, own in variants.items()},
-        "equal_work": equal_work(shape, updates, ours, theirs.get(f"{tuning}_thrifty", theirs[first])),
+        "equal_work": equal_work(shape, updates, ours, theirs[first]),
+        "equal_work_thrifty": equal_work(shape, updates, ours, theirs[f"{tuning}_thrifty"]) if f"{tuning}_thrifty" in theirs else None,
         "floor": floor,
         "over_floor_at_peak": mine["cpu_seconds"] / sum(floor["seconds_at_peak"].values()),
         "over_floor_at_own_rates": mine["cpu_seconds"] / sum(floor["seconds_at_own_rates"].values()),

@@ -56,13 +56,13 @@ def correctness(job: Job) -> dict[str, Any]:
     """The comparisons by name."""
     reference = roles_on(job, "cpu", "none")
     rollout = sampled(reference, job, "none")
-    truth = role_logprobs(reference, "base", rollout, ROWS)
+    truth = role_logprobs(reference, "base", rollout, 2048)
     out = {}
     for name, autocast in (("float32", "none"), ("bfloat16", "bfloat16")):
         roles = roles_on(job, job.device, autocast)
-        out[name] = apart(role_logprobs(roles, "base", rollout, ROWS), truth, rollout.mask, name)
+        out[name] = apart(role_logprobs(roles, "base", rollout, 2048), truth, rollout.mask, name)
         own = sampled(roles, job, autocast)
-        out[f"engine {name}"] = apart(role_logprobs(roles, "base", own, ROWS), own.behaviour_logprobs, own.mask, f"engine {name}")
+        out[f"engine {name}"] = apart(role_logprobs(roles, "base", own, 2048), own.behaviour_logprobs, own.mask, f"engine {name}")
     return out
 
 

@@ -22,7 +22,7 @@ class Peer:
     """The other side of a tuning."""
 
     side: str  # module in benchmarks.race
-    kinds: tuple[str, ...]  # Job.tuning of its runs; the first does equal work, the others are told beside it
+    kinds: tuple[str, ...]  # Job.tuning of its runs; the first is the rival, the others are told beside it
     path: str | None = None  # put before PYTHONPATH
     options: tuple[str, ...] = ()  # of ours, told beside our plain run: compile, head (see ours.recipe)
 

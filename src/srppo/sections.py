@@ -119,7 +119,7 @@ class SFTConfig(Section):
     micro_batch_tokens: int = Field(default=2048, ge=1)
     """Tokens in memory at once, those of one row at least. Decides memory and speed; the result does not depend on it."""
     batching: Literal["length_grouped", "packed"] = "length_grouped"
-    """length_grouped: padded batches of like lengths. packed: several demonstrations in one row, kept apart by position ids and mask."""
+    """length_grouped: batches of like lengths. packed: several demonstrations in one row, kept apart by position ids and mask."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """Peak learning rate of AdamW."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
@@ -272,9 +272,9 @@ class PPOConfig(Section):
     """Global norm to which policy and critic gradients are scaled down, each by itself."""
     behaviour_logprobs: Literal["rollout", "recompute"] = "rollout"
     """The ratio's denominator: what the engine returned, or a forward pass of the trainer before the update (exact, one pass more)."""
-    importance_cap: float = Field(default=2.0, ge=1)
+    importance_cap: float | None = Field(default=2.0, ge=1)
     """With behaviour_logprobs recompute: each token's advantage is weighted by trainer probability / engine probability, at most this
-    (truncated importance sampling), so that an engine of other precision does not bias the update."""
+    (truncated importance sampling), so that an engine of other precision does not bias the update. null: not weighted."""
     entropy: bool = False
     """Also measure the policy's exact entropy in the update (policy/entropy_avg): one more pass over the vocabulary."""
     max_skipped_steps: int = Field(default=5, ge=1)

@@ -71,7 +71,8 @@ def over_rollout(
 
 def role_logprobs(roles: Roles, role: str, rollout: Rollout, tokens: int, prefixes: list[Tensor] | None = None) -> Tensor:
     """[B, T] log-probability of each response token under a role."""
-    return over_rollout(roles, rollout, tokens, lambda batch: roles.score(role, batch).logprobs, prefixes)
+    with roles.use(role):  # once for all micro-batches: an offloaded model visits the device once
+        return over_rollout(roles, rollout, tokens, lambda batch: roles.score(role, batch).logprobs, prefixes)
 
 
 def logprobs_and_states(
@@ -80,10 +81,11 @@ def logprobs_and_states(
     """role_logprobs, and from the same pass B of [T_b, H]: the states that predict each row's response tokens, on the role's device."""
     out, states = torch.zeros(rollout.mask.shape), [torch.empty(0)] * len(rollout.prompt_ids)
     lengths = rollout.lengths
-    for rows, batch in micro_batches(roles, rollout, tokens, prefixes=prefixes):
-        scores = roles.score(role, batch, states=True)
-        assert scores.states is not None
-        out[rows] = unflatten(scores.logprobs.float().cpu(), rollout.mask[rows])
-        for row, own in zip(rows, scores.states.split(lengths[rows].tolist())):
-            states[row] = own.clone()  # not a view that keeps the whole micro-batch
+    with roles.use(role):
+        for rows, batch in micro_batches(roles, rollout, tokens, prefixes=prefixes):
+            scores = roles.score(role, batch, states=True)
+            assert scores.states is not None
+            out[rows] = unflatten(scores.logprobs.float().cpu(), rollout.mask[rows])
+            for row, own in zip(rows, scores.states.split(lengths[rows].tolist())):
+                states[row] = own.clone()  # not a view that keeps the whole micro-batch
     return out, states

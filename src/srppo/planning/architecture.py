@@ -173,7 +173,10 @@ def read_architecture(model: ModelConfig) -> Architecture:
 def with_adapters(model: Any, rank: int, targets: str | tuple[str, ...]) -> Any:
     """The model with one LoRA adapter put into it, as LoraRoles does."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
+
+    from srppo.models.lora_linear import install
 
     settings = LoraConfig(
         r=rank,
@@ -183,7 +186,9 @@ def with_adapters(model: Any, rank: int, targets: str | tuple[str, ...]) -> Any:
         init_lora_weights=False,
     )
     with quiet():
-        return get_peft_model(model, settings).get_base_model()
+        adapted = get_peft_model(model, settings).get_base_model()
+    install([m for m in adapted.modules() if isinstance(m, BaseTunerLayer)])
+    return adapted
 
 
 @contextmanager

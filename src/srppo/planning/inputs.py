@@ -55,6 +55,7 @@ class Settings:
     epochs: int
     minibatches: int
     micro_tokens: int
+    entropy: bool  # exact, in the update
     recompute: bool
     saves: bool  # a checkpoint of the training state before the end
     continued_sft: bool
@@ -109,6 +110,7 @@ def read_settings(config: RunConfig) -> Settings:
         epochs=ppo.epochs,
         minibatches=ppo.minibatches,
         micro_tokens=ppo.micro_batch_tokens,
+        entropy=ppo.entropy,
         recompute=ppo.behaviour_logprobs == "recompute",
         saves=True,  # also at the end
         continued_sft=config.evaluation.continued_sft,

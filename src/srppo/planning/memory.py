@@ -78,11 +78,6 @@ def pass_peak(footprint: Footprint, gradients: int, head_gradient: int, micro_ba
     return max(start, gradients + max(footprint.embedding, footprint.backward - footprint.kept))
 
 
-def step_peak(gradients: int, largest: int, trained_bytes: int, on_gpu: bool) -> int:
-    """Gradients and what torch's AdamW makes on its way: on a GPU (foreach) a copy of all weights, on a CPU two of one tensor at a time."""
-    return gradients + (gradients if on_gpu else 2 * largest * trained_bytes)
-
-
 def cache_bytes(model: Model, rows: int, columns: int, each: int) -> int:
     """Keys and values of `rows` sequences of so many tokens, and recurrent states."""
     return rows * (columns * model.cache_elements + model.state_elements) * each
@@ -137,7 +132,7 @@ def phases(
         gradients = trained[role] * each // shards
         head = 0 if not s.full or role == "critic" else model.counts.head * each // shards
         peak = pass_peak(passes[name], gradients, head, micro_batches[name])
-        peak = max(peak, step_peak(gradients, model.largest if s.full else 0, each, gpu))
+        peak = max(peak, gradients)  # the fused AdamW makes nothing on its way
         return [Item(role, "gradients", gradients), Item(role, "activations", max(0, peak - gradients))]
 
     def copies(*roles: str) -> list[Item]:

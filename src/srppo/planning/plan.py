@@ -142,7 +142,7 @@ def planned_passes(settings: Settings, lengths: Lengths) -> tuple[dict[str, Pass
     read = max(1, min(-(-decoded // s.samples_per_prompt), PREFILL_TOKENS // lengths.max_prompt))
     out = {
         "score": Pass(scored, longest, response, **common),
-        "policy": Pass(rows, longest, response, entropy=True, **learn, **common),
+        "policy": Pass(rows, longest, response, entropy=s.entropy, **learn, **common),
         "prefill": Pass(read, lengths.max_prompt, 1, head="last", **common),
         "decode": Pass(decoded, 1, 1, head="last", **common),
     }

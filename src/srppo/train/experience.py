@@ -157,7 +157,7 @@ def make_experience(scored: ScoredRollout, judged: Judged, beta: float, scale: V
         advantages, returns = generalized_advantages(rewards, values, mask, ppo.gamma, ppo.gae_lambda)
     if ppo.whiten_advantages:
         advantages = masked_whiten(advantages, mask & judged.reward.keep[:, None])
-    if ppo.behaviour_logprobs == "recompute":
+    if ppo.behaviour_logprobs == "recompute" and ppo.importance_cap is not None:
         advantages = advantages * importance_weights(judged.old_logprobs, rollout.behaviour_logprobs, ppo.importance_cap)
     targets = torch.where(mask, (returns - scale.mean) / scale.std, 0.0)
     return Experience(rollout, judged.old_logprobs, scored.values, advantages, targets, judged.reward.keep, scored.states, scored.prefixes)

@@ -100,7 +100,10 @@ def train_supervised(
                     )
             seconds = time.perf_counter() - started
             record = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm, "tokens_per_second": tokens / seconds}
-            record |= {"timing/step": seconds, "padding_share": 1 - tokens / sum(b.attention_mask.numel() for b in batches)}
+            record |= {
+                "timing/step": seconds,
+                "padding_share": 0.0 if roles.flat else 1 - tokens / sum(b.attention_mask.numel() for b in batches),
+            }
             run.log({"stage": stage, "step": step + 1, **record, "skipped_steps": learner.total_skips})
             ticker.advance(step + 1, loss=result.loss, lr=lr)
             if after_step(step + 1, ticker):
