@@ -31,6 +31,7 @@ LAYERS = {
     "files": 2,
     "environment": 2,
     "machine": 2,
+    "allocator": 2,
     "threads": 2,
     "profiling": 2,
     "progress": 2,

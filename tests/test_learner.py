@@ -99,3 +99,26 @@ def test_epsilon_reaches_the_optimizer() -> None:
     learner = Learner({"p": parameter}, learning_rate=0.1, max_grad_norm=1e9, epsilon=2.0)
     learner.step([lambda: quadratic(parameter, torch.zeros(1, dtype=torch.float64))], 1)
     assert float(parameter.detach()) == pytest.approx(1.0 - 0.1 * 0.5)
+
+
+def test_moments_of_a_transposed_weight_resume() -> None:
+    """Checkpoints hold contiguous tensors; the fused step goes over memory as it lies."""
+
+    def learner(weight: torch.Tensor) -> Learner:
+        return Learner({"w": torch.nn.Parameter(weight)}, 0.1, 1e9)
+
+    def step(made: Learner, seed: int) -> None:
+        target = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        made.step([lambda: LossOutput(((made.parameters["w"] - target) ** 2).sum(), {})], 1)
+
+    start = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    whole = learner(start.clone().t())
+    step(whole, 1)
+    saved, state = whole.parameters["w"].detach().clone(memory_format=torch.contiguous_format), whole.state()
+    step(whole, 2)
+    lying = torch.empty(6, 4).t()
+    lying.copy_(saved)
+    resumed = learner(lying)
+    resumed.load_state({name: value.contiguous() for name, value in state.items()})
+    step(resumed, 2)
+    assert not resumed.parameters["w"].is_contiguous() and torch.equal(resumed.parameters["w"], whole.parameters["w"])

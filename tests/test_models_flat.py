@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedModel
+from transformers import PhimoeConfig, PhimoeForCausalLM, PreTrainedModel
 
 from srppo.models.attention import NAME, flat_attention, layout_of, set_attention
 from srppo.models.flat import flat_row
@@ -119,3 +119,30 @@ def test_a_saved_model_says_nothing_of_it(tmp_path: object) -> None:
     plan(model)
     model.save_pretrained(str(tmp_path))
     assert NAME not in (tmp_path / "config.json").read_text()  # type: ignore[operator]
+
+
+def test_models_whose_windows_are_in_the_mask_alone_are_run_padded() -> None:
+    """A window longer than the probe, which attention is not told of: a flat row would lose it."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 103, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = PhimoeConfig(
+        **sizes, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, sliding_window=10, initializer_range=0.3
+    )
+    model = PhimoeForCausalLM(config).eval()
+    assert not plan(model).flat and model.config._attn_implementation == "sdpa"
+    batch = ragged()
+    apart = [
+        token_scores(
+            model, TokenBatch(batch.ids[r : r + 1, :n], batch.attention_mask[r : r + 1, :n], batch.target_mask[r : r + 1, :n])
+        ).logprobs
+        for r, n in enumerate(batch.attention_mask.sum(1).tolist())
+    ]
+    torch.testing.assert_close(token_scores(model, batch).logprobs, torch.cat(apart), atol=1e-5, rtol=0)
+
+
+def test_scoring_while_another_attention_is_in_place_is_right() -> None:
+    model, batch = tiny_model(), ragged()
+    expected = token_scores(model, batch).logprobs
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        torch.testing.assert_close(token_scores(model, batch).logprobs, expected, atol=5e-6, rtol=0)

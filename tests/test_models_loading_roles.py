@@ -122,8 +122,9 @@ def test_adapters_made_elsewhere_load(places: dict[str, str], tmp_path: Path) ->
     mine = logits(roles, "policy")
     roles.load("sft", tmp_path / "theirs")
     roles.create("copy", "sft")
-    assert torch.equal(logits(roles, "sft"), expected) and torch.equal(logits(roles, "copy"), expected)
-    assert torch.equal(logits(roles, "policy"), mine)
+    for role, theirs in (("sft", expected), ("copy", expected), ("policy", mine)):
+        torch.testing.assert_close(logits(roles, role), theirs, atol=2e-6, rtol=1e-5)  # our layer sums in another order than PEFT's
+    assert torch.equal(logits(roles, "sft"), logits(roles, "copy"))
     with torch.no_grad():
         assert torch.equal(logits(roles, "base"), AutoModelForCausalLM.from_pretrained(places["llama"])(IDS).logits)
 

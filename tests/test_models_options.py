@@ -14,6 +14,7 @@ from torch import nn
 from srppo.allocator import keep_freed_memory
 from srppo.models.full_roles import FullRoles
 from srppo.models.offload import Offloaded
+from srppo.models.over_rollout import role_logprobs
 from srppo.models.roles import Roles
 from srppo.rollout.engine import Sampling
 from srppo.rollout.torch_engine import TorchEngine
@@ -89,6 +90,13 @@ def test_offloaded_roles_say_what_they_said(tmp_path: Path, monkeypatch: pytest.
         train_role(made, "policy")
         made.create("again", "base")
     assert away.fingerprint("policy") == here.fingerprint("policy") and away.fingerprint("again") == here.fingerprint("again")
+    visits = []
+    monkeypatch.setattr(Offloaded, "_leave", lambda self, leave=Offloaded._leave: (visits.append(1), leave(self))[1])
+    with away.use("sft") as model:
+        rollout = TorchEngine(away.special, 8).generate(model, [[5, 6], [7], [8, 9, 10]], range(3), Sampling(6))
+    visits.clear()
+    role_logprobs(away, "sft", rollout, 1)
+    assert visits == [1]  # three micro-batches
     assert set(away._store._away) == {"base", "sft"}  # type: ignore[attr-defined]
 
 

@@ -224,3 +224,11 @@ def test_each_shape_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         replay.places.rows = rows
         replay()
     assert len(calls) == 4 and [g.replays for g in Recorded.made] == [3, 1]  # two plain calls, two captures
+
+
+def test_rows_that_ended_unnoticed_write_nothing_beyond_the_buffers(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the ends are looked at every eighth step: rows at the limit go on a little, and harm nobody."""
+    prompts = [[12 + i, 13, 14] for i in range(9)]
+    fixed = TorchEngine(Special(eos_ids=(99,)), 4, refill=False).generate(model, prompts, range(9), Sampling(10))
+    monkeypatch.setattr(refill_module, "checks_every", lambda device: 8)
+    equal(TorchEngine(Special(eos_ids=(99,)), 4).generate(model, prompts, range(9), Sampling(10)), fixed)

@@ -7,6 +7,7 @@ N tokens of the flat row, H heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class Layout:
 
     cells: Tensor  # [B, L] int64, the place in the flat row of each cell; padding points at 0
     places: Tensor  # [N] int64, the cell (row * L + column) of each token of the flat row
-    marker: Tensor  # [1, 1, 1, 1] bool: an attention mask that is "already prepared", so that transformers makes none
+    marker: Tensor  # [1, 1, 0, 0] bool: a mask that is "already prepared", so that transformers makes none; none can be taken for one
 
     @property
     def even(self) -> bool:
@@ -40,7 +41,7 @@ def layout_of(lengths: Tensor) -> Layout:
     real = columns < lengths[:, None]
     starts = lengths.cumsum(0) - lengths
     cells = torch.where(real, starts[:, None] + columns, 0)
-    return Layout(cells, real.flatten().nonzero().squeeze(1), torch.ones(1, 1, 1, 1, dtype=torch.bool, device=lengths.device))
+    return Layout(cells, real.flatten().nonzero().squeeze(1), torch.ones(1, 1, 0, 0, dtype=torch.bool, device=lengths.device))
 
 
 def flat_attention(
@@ -87,13 +88,28 @@ def _window(window: int | None, width: int, device: torch.device) -> Tensor | No
 
 
 def uses_plain_attention(model: PreTrainedModel) -> bool:
-    """Whether the model reaches PyTorch's attention through transformers' interface, where ours can take its place."""
+    """Whether the model reaches PyTorch's attention through transformers' interface, where ours can take its place.
+
+    Not models with sparse attention (an indexer): they choose keys only under the names that transformers knows.
+    """
+    if any(name.endswith("indexer") for name, _ in model.named_modules()):
+        return False
     return model.config.get_text_config()._attn_implementation in PLAIN and getattr(model, "_supports_attention_backend", False)
 
 
-def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Let all parts of a model that use PyTorch's attention use it under this name: sdpa or NAME."""
-    AttentionInterface.register(NAME, flat_attention)
+def noting(windows: set[int | None]) -> Callable[..., tuple[Tensor, None]]:
+    """flat_attention that also notes the sliding windows it is called with."""
+
+    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        windows.add(kwargs.get("sliding_window"))
+        return flat_attention(*args, **kwargs)
+
+    return attention
+
+
+def set_attention(model: PreTrainedModel, name: str, attention: Callable[..., Any] = flat_attention) -> None:
+    """Let all parts of a model that use PyTorch's attention use it under this name: sdpa, or NAME for `attention`."""
+    AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for config in configs.values():

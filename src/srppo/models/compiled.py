@@ -16,7 +16,10 @@ def compile_layers(model: PreTrainedModel) -> None:
     Layer by layer, so that one graph serves them all and the start takes seconds. Shapes are dynamic: each micro-batch has another
     number of tokens. Decoding switches it off (rollout.torch_engine): a step of one token a row would compile anew as its cache grows.
     """
-    for layer in layers_of(model):
+    layers = layers_of(model)
+    if len(layers):  # a graph a role, mode and precision; torch gives up at eight
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for layer in layers:
         layer.compile(dynamic=True)
 
 

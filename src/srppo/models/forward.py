@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from srppo.logprobs import chunked_logprobs, token_logprobs
 from srppo.masking import predicting, target_ids
+from srppo.models.attention import NAME
 from srppo.models.flat import flat_row
 from srppo.models.plan import head_of, plan, run_logits, run_trunk
 from srppo.models.prefix import run_above
@@ -30,7 +31,7 @@ def target_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     model: a causal language model, or its bare trunk; batch on its device. No token sees padding or another example of its
     row, and no padding mask is passed: attention then takes its fast causal path.
     """
-    if batch.prefix is None:
+    if batch.prefix is None or model.config.get_text_config()._attn_implementation != NAME:
         return _predicting(run_trunk, model, batch)
     row = flat_row(batch)
     return run_above(model, batch.prefix.states, row, batch.prefix.depth)[0].index_select(0, row.predicting)
@@ -62,7 +63,8 @@ def autocasting(device: torch.device, autocast: str) -> AbstractContextManager[o
 
 def _predicting(run: _Run, model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """[N, D] of `run` at the positions that predict the targets."""
-    if plan(model).flat and bool(batch.target_mask.any()):
+    ours = model.config.get_text_config()._attn_implementation == NAME  # not while a rollout uses another
+    if ours and plan(model).flat and bool(batch.target_mask.any()):
         row = flat_row(batch)
         return run(model, row.ids[None], row.positions[None], row.layout)[0].index_select(0, row.predicting)
     return predicting(_padded(run, model, batch), batch.target_mask)

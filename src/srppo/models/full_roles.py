@@ -83,7 +83,7 @@ class FullRoles:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 weight = weights[name].float()
-                parameter.copy_(weight + alpha * (weight - starts[name].float()))
+                parameter.copy_(weight + alpha * (weight - starts[name].to(weight.device).float()))
         self._add(role, model, source)
 
     def load(self, role: str, place: str) -> None:

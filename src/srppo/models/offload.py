@@ -29,11 +29,11 @@ class Offloaded:
 
     @contextmanager
     def visiting(self) -> Iterator[None]:
-        if self._visits == 0:
-            for name, parameter in self._model.named_parameters():
-                parameter.data = self._home[name].to(self._device, non_blocking=True, copy=True)
         self._visits += 1
         try:
+            if self._visits == 1:
+                for name, parameter in self._model.named_parameters():
+                    parameter.data = self._home[name].to(self._device, non_blocking=True, copy=True)
             yield
         finally:
             self._visits -= 1

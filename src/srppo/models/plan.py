@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from srppo.errors import ModelError
 from srppo.logprobs import Head
-from srppo.models.attention import NAME, Layout, layout_of, set_attention, uses_plain_attention
+from srppo.models.attention import NAME, Layout, layout_of, noting, set_attention, uses_plain_attention
 from srppo.models.modes import set_mode, undisturbed
 from srppo.models.weights import embedding_rows
 
@@ -129,17 +129,27 @@ def _packs(model: PreTrainedModel, ids: Tensor, states: Tensor) -> bool:
 
 def _flat(model: PreTrainedModel, ids: Tensor, states: Tensor) -> bool:
     """Whether three tokens of the first row and the whole second one give in a flat row the states that they give apart."""
-    if not uses_plain_attention(model) or getattr(model.config.get_text_config(), "attention_chunk_size", None):
-        return False
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or []
+    if (
+        not uses_plain_attention(model)
+        or getattr(text, "attention_chunk_size", None)
+        or any("attention" not in k or "linear" in k for k in kinds)
+    ):
+        return False  # convolutions and recurrent layers cross borders, by how much a probe may not see
     layout = layout_of(torch.tensor([3, 8], device=ids.device))
     tokens, places = torch.cat([ids[0, :3], ids[1]]), torch.cat([torch.arange(3), torch.arange(8)]).to(ids.device)
-    set_attention(model, NAME)
+    windows: set[int | None] = set()
+    set_attention(model, NAME, noting(windows))
     try:
         flat = run_trunk(model, tokens[None], places[None], layout)[0]
-    except (TypeError, ValueError, RuntimeError, AttributeError):  # it does not hand our arguments down, or cannot do without a mask
+    except Exception:  # whatever its code makes of it: it does not hand our arguments down, or cannot do without a mask
         return False
     finally:
         set_attention(model, "sdpa")
+    slides = getattr(text, "sliding_window", None) and (not kinds or any("sliding" in k for k in kinds))
+    if slides and windows <= {None}:
+        return False  # its windows are in the mask alone, and longer than a probe
     return _same(flat, torch.cat([states[0, :3], states[1]]))
 
 
@@ -163,4 +173,5 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """Equal up to the rounding of their precision, which is far below the effect of a wrong formula."""
     tolerance = 1e-4 if torch.promote_types(a.dtype, b.dtype) == b.dtype and b.dtype in (torch.float32, torch.float64) else 5e-2
     a, b = a.float(), b.float()
-    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-6))
+    each = (a - b).norm(dim=-1) <= tolerance * b.norm(dim=-1).clamp(min=1e-6)  # token by token: one large state must not hide another
+    return bool(each.all())

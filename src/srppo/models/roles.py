@@ -154,6 +154,8 @@ class Roles:
         if role == "base":
             raise ModelError("base cannot be dropped")
         self._store.drop(role)
+        if role == CRITIC:
+            self._head = None
 
     def freeze(self, role: str) -> None:
         """From now on never trained; in full tuning also converted to model.frozen_dtype. (base is frozen from the start.)"""
@@ -309,6 +311,7 @@ def build_roles(config: RunConfig) -> Roles:
     model, source = config.model, model_source(config.model)
     dtype, frozen_dtype = model.dtype, model.frozen_dtype or model.dtype
     base = load_model(model, dtype=frozen_dtype if config.tuning.kind == "full" else dtype)
+    device = base.device  # an offloaded model is elsewhere
     tokenizer = load_tokenizer(model)
     check_fit(tokenizer, base)
     if model.tokenizer is not None and _has_tokenizer(source):
@@ -320,13 +323,13 @@ def build_roles(config: RunConfig) -> Roles:
     store: Store
     if config.tuning.kind == "full":
         precisions = getattr(torch, dtype), getattr(torch, frozen_dtype)
-        offload = model.offload_frozen and base.device.type != "cpu"
+        offload = model.offload_frozen and device.type != "cpu"
         store = FullRoles(base, lambda name: load_model(model, name=name), *precisions, offload, model.compile)
     else:
         store = LoraRoles(base, config.tuning, source, config.seed, model.allow_pickle)
         if model.compile:
             compile_layers(base)
-    return Roles(store, tokenizer, special, model, source, base.device)
+    return Roles(store, tokenizer, special, model, source, device)
 
 
 def _prefixed(prefix: str, named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from srppo.models.attention import PLAIN
+from srppo.models.attention import uses_plain_attention
 
 NAME = "srppo_grouped"
 _HANDLED = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
@@ -80,7 +80,7 @@ def grouped(model: PreTrainedModel) -> Iterator[None]:
     """
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
-    if before not in PLAIN or not getattr(model, "_supports_attention_backend", False):
+    if not uses_plain_attention(model):
         yield
         return
     AttentionInterface.register(NAME, grouped_attention)

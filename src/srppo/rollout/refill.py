@@ -125,7 +125,7 @@ def decode_refilled(
             break
         if waiting == count and len(free) * LEAVING_SHARE >= places.rows:
             close_up(lanes, offsets, steps, halves=static)
-        places.seen = max(offsets.values()) + steps + 1
+        places.seen = min(max(offsets.values()) + steps + 1, places.capacity)  # rows that have ended, unnoticed, may stand beyond
         if static:
             places.seen = bucket(places.seen, places.capacity)
         advance()

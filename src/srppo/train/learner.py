@@ -99,6 +99,10 @@ class Learner:
         whole = self.optimizer.state_dict()
         whole["state"] = slots
         self.optimizer.load_state_dict(whole)
+        for parameter, own in self.optimizer.state.items():
+            for slot, value in own.items():  # the fused step goes over raw memory: a moment must lie as its weight does
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    own[slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def cosine_lr(step: int, total: int, peak: float, warmup: float, final_fraction: float) -> float:
