@@ -151,10 +151,11 @@ def race(result: Result) -> list[str]:
 
 
 def _equal(row: Result) -> str:
-    if row["equal_work"]["equal"]:
+    work = row["equal_work"]
+    if work["equal"]:
         return "yes"
-    whole = row["tuning"] == "lora" and row["equal_work"]["weights_moved"][1] > 2 * row["equal_work"]["weights_moved"][0]
-    return "all but the critic, which TRL trains whole" if whole else "**no**"
+    same = all(work[key][0] == work[key][1] for key in ("responses", "policy_steps"))
+    return "all but the critic, which TRL trains whole" if same and row["tuning"] == "lora" else "**no**"
 
 
 def _against(ratios: Result, mine: Result, other: Result) -> str:

@@ -16,7 +16,7 @@ from srppo.planning.inputs import BYTES, Lengths, Settings
 ROOM = 64  # columns by which rollout/cache.py lets a layer's buffers grow
 BLOCK = 256  # rollout/sampling.py pads the vocabulary to a multiple of it
 # glibc leaves holes between tensors that stay: resident over live bytes of activations on a CPU, as measured (docs/plan.md)
-HOLES = {"full": 1.5, "lora": 2.0}
+HOLES = {"full": 1.5, "lora": 1.6}
 PREFILL_TOKENS = 8192  # rollout/decode.py: prompt tokens of one pass
 
 
