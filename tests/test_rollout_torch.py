@@ -16,7 +16,8 @@ from srppo.errors import ConfigError, DataError, ModelError
 from srppo.records import Rollout
 from srppo.rollout import decode as decode_module
 from srppo.rollout.engine import Sampling
-from srppo.rollout.torch_engine import TorchEngine, position_limit
+from srppo.rollout.record import position_limit
+from srppo.rollout.torch_engine import TorchEngine
 from tiny_models import tiny_model
 
 VOCAB = 48

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.race import memory
-from benchmarks.race.job import KL_COEF, LAMBDA, LEARNING_RATE, Clock, Job, StepCount
+from benchmarks.race.job import KL_COEF, LAMBDA, LEARNING_RATE, Clock, Job
+from benchmarks.race.measured import Measured
 from benchmarks.race.shapes import SHAPES, Shape
 
 OPTIONS: dict[str, dict[str, Any]] = {  # of ours, by the name that follows the tuning in Job.tuning
@@ -128,12 +129,7 @@ def main() -> None:
     work = Path(job.work)
     tiny = SHAPES["tiny"].changed(samples=min(2, job.shape.samples))
     align_once(recipe(tiny, job.tuning, Path(job.warmup), work / "warmup", 1, job))
-    memory.restart_peak()
-    if job.device != "cpu":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-    before, steps = memory.resident(), StepCount()
+    measured = Measured(job)
     output = work / "run"
     progress = align_once(recipe(job.shape, job.tuning, Path(job.materials), output, job.updates, job))
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -147,15 +143,10 @@ def main() -> None:
         "kl": [row["objective/kl"] for row in rounds],
         "responses": [job.shape.batch] * len(rounds),
         "response_tokens": [round(row["completions/mean_length"] * job.shape.batch) for row in rounds],
-        **steps.remove(),
-        "rss_before_mb": before,
-        "rss_peak_mb": progress.peak,
         "rss_peak_with_saving_mb": memory.peak(),
         "warnings": progress.warnings,
     }
-    if job.device != "cpu":
-        answer["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    Path(sys.argv[2]).write_text(json.dumps(answer))
+    measured.answer(answer, progress.peak)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import trl
 from benchmarks.race import memory
-from benchmarks.race.job import KL_COEF, LAMBDA, LEARNING_RATE, Clock, Job, StepCount
+from benchmarks.race.job import KL_COEF, LAMBDA, LEARNING_RATE, Clock, Job
+from benchmarks.race.measured import Measured, noting, phases
 from benchmarks.race.shapes import SHAPES, Shape
 from benchmarks.race.trl_models import autocasting, lora_config, merged_sft, now, read_model
 from datasets import Dataset
@@ -161,14 +162,7 @@ def train_once(shape: Shape, tuning: str, materials: Path, output: Path, updates
         **models,
     )
     policy = trainer.policy_model
-    plain = policy.generate
-
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        out = plain(*args, **kwargs)
-        marks.generated.append(now(job.device))
-        return out
-
-    policy.generate = generate
+    policy.generate = noting(policy.generate, lambda: now(job.device), marks.generated)
     with autocasting(job):
         trainer.train()
     return trainer, marks
@@ -181,33 +175,20 @@ def main() -> None:
     if job.device == "cpu":
         torch.set_num_threads(1)
     train_once(SHAPES["tiny"], job.tuning, Path(job.warmup), work / "warmup", 1, job)
-    memory.restart_peak()
-    if job.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    before, steps = memory.resident(), StepCount()
+    measured = Measured(job)
     trainer, marks = train_once(shape, job.tuning, Path(job.materials), work / "run", job.updates, job)
     reward = trainer.reward_model.model
-    spans = list(zip(marks.clock.wall, marks.generated, reward.finished, marks.clock.wall[1:]))
     logs = [row for row in marks.logged if "objective/scores" in row]
     answer = {
         "system": f"TRL {trl.__version__} PPOTrainer",
         **marks.clock.rounds(),
-        "phases": {
-            "rollout": [b - a for a, b, _, _ in spans],
-            "score": [c - b for _, b, c, _ in spans],
-            "update": [d - c for _, _, c, d in spans],
-        },
+        "phases": phases(marks.clock.wall, marks.generated, reward.finished),
         "scores": [row["objective/scores"] for row in logs],
         "kl": [row["objective/kl"] for row in logs],
         "responses": [shape.batch] * len(logs),
         "response_tokens": reward.tokens,
-        **steps.remove(),
-        "rss_before_mb": before,
-        "rss_peak_mb": marks.peak,
     }
-    if job.device != "cpu":
-        answer["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    Path(sys.argv[2]).write_text(json.dumps(answer))
+    measured.answer(answer, marks.peak)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import trl
 from benchmarks.race import memory
-from benchmarks.race.job import KL_COEF, LEARNING_RATE, Clock, Job, StepCount
+from benchmarks.race.job import KL_COEF, LEARNING_RATE, Clock, Job
+from benchmarks.race.measured import Measured, noting, phases
 from benchmarks.race.shapes import SHAPES, Shape
 from benchmarks.race.trl_models import autocasting, lora_config, merged_sft, now, read_model
 from datasets import Dataset
@@ -121,14 +122,7 @@ def train_once(shape: Shape, tuning: str, materials: Path, output: Path, updates
     )
     if sft is None:
         reward.sft = trainer.ref_model
-    plain = trainer.model.generate
-
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        out = plain(*args, **kwargs)
-        marks.generated.append(now(job.device))
-        return out
-
-    trainer.model.generate = generate
+    trainer.model.generate = noting(trainer.model.generate, lambda: now(job.device), marks.generated)
     with autocasting(job):
         trainer.train()
     return reward, marks
@@ -141,32 +135,19 @@ def main() -> None:
     if job.device == "cpu":
         torch.set_num_threads(1)
     train_once(SHAPES["tiny"].changed(samples=2), job.tuning, Path(job.warmup), work / "warmup", 1, job)
-    memory.restart_peak()
-    if job.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    before, steps = memory.resident(), StepCount()
+    measured = Measured(job)
     reward, marks = train_once(shape, job.tuning, Path(job.materials), work / "run", job.updates, job)
-    spans = list(zip(marks.clock.wall, marks.generated, reward.finished, marks.clock.wall[1:]))
     answer = {
         "system": f"TRL {trl.__version__} RLOOTrainer",
         **marks.clock.rounds(),
-        "phases": {
-            "rollout": [b - a for a, b, _, _ in spans],
-            "score": [c - b for _, b, c, _ in spans],
-            "update": [d - c for _, _, c, d in spans],
-        },
+        "phases": phases(marks.clock.wall, marks.generated, reward.finished),
         "scores": reward.scores,
         "scores_std": reward.spreads,
         "kl": [],
-        "responses": [shape.batch] * len(spans),
+        "responses": [shape.batch] * len(reward.finished),
         "response_tokens": reward.tokens,
-        **steps.remove(),
-        "rss_before_mb": before,
-        "rss_peak_mb": marks.peak,
     }
-    if job.device != "cpu":
-        answer["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    Path(sys.argv[2]).write_text(json.dumps(answer))
+    measured.answer(answer, marks.peak)
 
 
 if __name__ == "__main__":

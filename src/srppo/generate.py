@@ -18,7 +18,8 @@ from srppo.errors import DataError, ModelError
 from srppo.models.roles import build_roles
 from srppo.models.source import find_source, is_adapter, read_json
 from srppo.rollout.engine import Sampling
-from srppo.rollout.torch_engine import TorchEngine, position_limit
+from srppo.rollout.record import position_limit
+from srppo.rollout.torch_engine import TorchEngine
 from srppo.run_config import load_run_config
 from srppo.run_folder import is_run
 from srppo.seeding import stream_seed

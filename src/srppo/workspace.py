@@ -27,7 +27,8 @@ from srppo.profiling.memory import resident
 from srppo.progress import Progress
 from srppo.records import Prompt
 from srppo.rollout.engine import RolloutEngine, Sampling, bias_warning
-from srppo.rollout.torch_engine import TorchEngine, position_limit
+from srppo.rollout.record import position_limit
+from srppo.rollout.torch_engine import TorchEngine
 from srppo.rollout.vllm_make import check_vllm, vllm_engine
 from srppo.run_folder import RunFolder
 from srppo.scoring import Scorer, load_scorer

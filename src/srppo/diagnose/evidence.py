@@ -23,7 +23,8 @@ from srppo.records import Example, Prompt, Rollout
 from srppo.rewards import CoherentReward
 from srppo.rollout.engine import Sampling, repeated
 from srppo.rollout.extrapolation import generate_extrapolated
-from srppo.rollout.torch_engine import TorchEngine, position_limit
+from srppo.rollout.record import position_limit
+from srppo.rollout.torch_engine import TorchEngine
 from srppo.scoring import Scorer
 from srppo.seeding import permutation
 from srppo.train.checkpoint import load_own

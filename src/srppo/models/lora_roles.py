@@ -27,7 +27,7 @@ from srppo.models.compiled import layers_of
 from srppo.models.flat import flat_row
 from srppo.models.lora_linear import install
 from srppo.models.modes import set_mode, undisturbed
-from srppo.models.plan import plan, run_trunk
+from srppo.models.plan import plan, run_trunk, same_states
 from srppo.models.prefix import run_above, run_prefix
 from srppo.models.saving import save_adapter
 from srppo.models.source import Source
@@ -142,7 +142,7 @@ class LoraRoles:
                 parted = run_above(model, run_prefix(model, row, depth), row, depth)
             except Exception:  # whatever its code makes of it
                 return 0
-        return depth if torch.allclose(whole, parted, rtol=1e-4, atol=1e-4 * float(whole.abs().max())) else 0
+        return depth if same_states(parted, whole) else 0
 
     def _config_of(self, role: str) -> PeftConfig:
         assert self._peft is not None

@@ -108,7 +108,7 @@ def _probe(model: PreTrainedModel) -> Plan:
 def _check_causal(model: PreTrainedModel, ids: Tensor, states: Tensor) -> None:
     changed = ids.clone()
     changed[:, -1] = ids[:, 0]
-    if not _same(run_trunk(model, changed)[:, :-1], states[:, :-1]):
+    if not same_states(run_trunk(model, changed)[:, :-1], states[:, :-1]):
         raise ModelError(
             f"{model.name_or_path}: {type(model).__name__} is not causal: a later token changes what it says at earlier ones, "
             "so it cannot write from left to right"
@@ -124,7 +124,7 @@ def _packs(model: PreTrainedModel, ids: Tensor, states: Tensor) -> bool:
     except TypeError:
         return False  # takes no position ids
     apart = torch.cat([run_trunk(model, ids[:1, :3]), run_trunk(model, ids[:1, 3:])], dim=1)
-    return _same(packed, torch.cat([apart, states[1:]]))
+    return same_states(packed, torch.cat([apart, states[1:]]))
 
 
 def _flat(model: PreTrainedModel, ids: Tensor, states: Tensor) -> bool:
@@ -150,7 +150,7 @@ def _flat(model: PreTrainedModel, ids: Tensor, states: Tensor) -> bool:
     slides = getattr(text, "sliding_window", None) and (not kinds or any("sliding" in k for k in kinds))
     if slides and windows <= {None}:
         return False  # its windows are in the mask alone, and longer than a probe
-    return _same(flat, torch.cat([states[0, :3], states[1]]))
+    return same_states(flat, torch.cat([states[0, :3], states[1]]))
 
 
 def _logit_settings(model: PreTrainedModel) -> tuple[float | None, float]:
@@ -166,10 +166,10 @@ def _head_agrees(model: PreTrainedModel, trial: Plan, ids: Tensor, states: Tenso
     if type(out) is not nn.Linear or out.weight.shape[1] != states.shape[-1]:
         return False
     ours = Head(out.weight, out.bias, trial.softcap, trial.multiplier).logits(states)
-    return _same(ours, run_logits(model, ids))
+    return same_states(ours, run_logits(model, ids))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same_states(a: Tensor, b: Tensor) -> bool:
     """Equal up to the rounding of their precision, which is far below the effect of a wrong formula."""
     tolerance = 1e-4 if torch.promote_types(a.dtype, b.dtype) == b.dtype and b.dtype in (torch.float32, torch.float64) else 5e-2
     a, b = a.float(), b.float()

@@ -211,12 +211,13 @@ def _run(config: Any, work: Pass) -> Footprint:
 @contextmanager
 def unpacked() -> Iterator[None]:
     """transformers looks at position ids for packed rows, which no data can answer: there are none."""
-    before = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda *_: None  # type: ignore[assignment]
+    module: Any = masking_utils
+    before = module.find_packed_sequence_indices
+    module.find_packed_sequence_indices = lambda *_: None
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = before
+        module.find_packed_sequence_indices = before
 
 
 def architecture_width(model: Any) -> int:

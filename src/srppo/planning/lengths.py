@@ -15,7 +15,7 @@ from srppo.errors import SrppoError
 from srppo.models.tokens import load_tokenizer, special_tokens
 from srppo.planning.architecture import Architecture
 from srppo.planning.inputs import Lengths
-from srppo.rollout.torch_engine import position_limit
+from srppo.rollout.record import position_limit
 
 SMALL = 64 * 2**20  # bytes of a data file that is read for a plan
 

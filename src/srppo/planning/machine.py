@@ -11,9 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from srppo.environment import hardware
 from srppo.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -120,16 +124,16 @@ def _present_cpu(dtype: str) -> Machine:
     return Machine(f"{found['cpu']}, {torch.get_num_threads()} threads", False, memory, memory, flops, bandwidth, kernel, held, True)
 
 
-def measure(device: object, dtype: str, wait: Callable[[], object]) -> tuple[float, float, float]:
+def measure(device: torch.device | str, dtype: str, wait: Callable[[], object]) -> tuple[float, float, float]:
     """(operations a second of a matrix product, bytes a second of a copy, seconds of the smallest kernel), the best of a few tries."""
     import torch
 
     big = str(device).startswith("cuda")
     side, rows = (8192, 8192) if big else (1024, 512)
-    a = torch.ones(rows, side, device=device, dtype=getattr(torch, dtype))  # type: ignore[call-overload]
-    b = torch.ones(side, side, device=device, dtype=getattr(torch, dtype))  # type: ignore[call-overload]
-    x = torch.ones((256 if big else 32) * 2**20, device=device, dtype=torch.uint8)  # type: ignore[call-overload]
-    y, small = torch.empty_like(x), torch.ones(16, 16, device=device)  # type: ignore[call-overload]
+    a = torch.ones(rows, side, device=device, dtype=getattr(torch, dtype))
+    b = torch.ones(side, side, device=device, dtype=getattr(torch, dtype))
+    x = torch.ones((256 if big else 32) * 2**20, device=device, dtype=torch.uint8)
+    y, small = torch.empty_like(x), torch.ones(16, 16, device=device)
     product = _best(lambda: a @ b, wait)
     copy = _best(lambda: y.copy_(x), wait)
     tiny = _best(lambda: [small + small for _ in range(100)], wait) / 100
@@ -151,13 +155,13 @@ def _best(work: Callable[[], object], wait: Callable[[], object], seconds: float
 
 def host_memory() -> int | None:
     """Bytes this process may use: the machine's, or its control group's limit."""
-    limits = []
+    limits: list[int] = []
     with contextlib.suppress(ValueError, OSError, AttributeError):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
             limits.append(int(Path(path).read_text()))
-    return min(limits, default=None)  # type: ignore[type-var]
+    return min(limits, default=None)
 
 
 def resident() -> int:

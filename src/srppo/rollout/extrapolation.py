@@ -18,7 +18,8 @@ from srppo.errors import ConfigError, ModelError
 from srppo.records import Rollout
 from srppo.rollout.decode import NextToken, unwrapped
 from srppo.rollout.engine import Progress, Sampling
-from srppo.rollout.torch_engine import TorchEngine, position_limit
+from srppo.rollout.record import position_limit
+from srppo.rollout.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
     from srppo.models.roles import Roles

@@ -9,25 +9,25 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from srppo.errors import ConfigError, DataError, ModelError
+from srppo.errors import ConfigError
 from srppo.models.compiled import uncompiled
 from srppo.records import Rollout
 from srppo.rollout.attention import grouped
 from srppo.rollout.decode import NextToken, Step, decode, unwrapped
 from srppo.rollout.engine import Progress, Sampling
 from srppo.rollout.merging import merged
+from srppo.rollout.record import check_lengths, position_limit, rollout_of
 from srppo.rollout.refill import decode_refilled
 from srppo.rollout.slots import fits
 from srppo.rollout.stats import DecodeStats
 from srppo.seeding import row_uniforms
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from srppo.models.load import SpecialTokens
 
@@ -98,7 +98,7 @@ class TorchEngine:
         assert len(prompts) == len(seeds) and (prompt_index is None or len(prompt_index) == len(prompts))
         rows = [tuple(p) for p in prompts]
         limit = sampling.max_new_tokens
-        _check_lengths([len(p) for p in rows], limit, room)
+        check_lengths([len(p) for p in rows], limit, room)
         # longest first (too large a batch shows at once), equal prompts side by side
         order = sorted(range(len(rows)), key=lambda r: (-len(rows[r]), rows[r]))
         tokens = torch.zeros(len(rows), limit, dtype=torch.int64)
@@ -125,7 +125,7 @@ class TorchEngine:
                 part = slice(start, start + self.batch_size)
                 sampled, scores = decode(step, ordered[part], drawn[part].to(step.device), eos_ids, sampling, advance, stats)
                 tokens[order[part]], logprobs[order[part]] = sampled.cpu(), scores.cpu()
-        rollout = _record(rows, prompt_index, tokens, logprobs, eos_ids)
+        rollout = rollout_of(rows, prompt_index, tokens, logprobs, eos_ids)
         stats.idle_row_steps = stats.row_steps - (int(rollout.mask.sum()) - len(rows))
         stats.seconds = time.perf_counter() - began
         self.last = stats
@@ -151,49 +151,3 @@ class TorchEngine:
         finally:
             for module in training:
                 module.training = True
-
-
-def position_limit(config: PretrainedConfig) -> int | None:
-    """How many tokens a sequence may have: the model's positions, stretched where its rotary ones are; None if there is no limit."""
-    text: Any = config.get_text_config(decoder=True)
-    limit = getattr(text, "max_position_embeddings", None)
-    rotary = getattr(text, "rope_parameters", None) or {}
-    for parameters in [rotary, *rotary.values()]:  # one for all layers, or one for each kind of layer
-        if limit and isinstance(parameters, dict) and parameters.get("original_max_position_embeddings") and parameters.get("factor"):
-            limit = max(limit, int(parameters["original_max_position_embeddings"] * parameters["factor"]))
-    return limit
-
-
-def _check_lengths(lengths: Sequence[int], new_tokens: int, limit: int | None) -> None:
-    for row, length in enumerate(lengths):
-        if length == 0:
-            raise DataError(f"prompt {row} has no tokens, so there is nothing to continue; give it text, or a BOS token")
-        if limit is not None and length + new_tokens > limit:
-            raise DataError(
-                f"prompt {row} has {length} tokens; with {new_tokens} new ones it exceeds the model's {limit} positions. "
-                f"Lower rollout.max_new_tokens, or drop prompts over {max(limit - new_tokens, 0)} tokens (data.max_prompt_tokens)"
-            )
-
-
-def _record(
-    prompts: list[tuple[int, ...]], prompt_index: Sequence[int] | None, tokens: Tensor, logprobs: Tensor, eos_ids: Sequence[int]
-) -> Rollout:
-    """tokens and logprobs [B, limit] as a Rollout: cut after each row's first EOS and at the longest response."""
-    is_eos = torch.isin(tokens, torch.tensor(list(eos_ids), dtype=torch.int64))
-    mask = is_eos.cumsum(1) - is_eos.long() == 0  # no EOS before this token
-    if not logprobs[mask].isfinite().all():
-        row, column = ((~logprobs.isfinite()) & mask).nonzero()[0].tolist()
-        raise ModelError(
-            f"the model gives NaN or infinite logits: prompt {row}, response token {column + 1}. "
-            "Its weights have diverged, or its precision overflows; look at the last training metrics, or try float32 or bfloat16"
-        )
-    width = int(mask.sum(1).max()) if len(prompts) else 0
-    mask = mask[:, :width]
-    return Rollout(
-        prompt_ids=[list(p) for p in prompts],
-        prompt_index=list(range(len(prompts))) if prompt_index is None else list(prompt_index),
-        responses=tokens[:, :width] * mask,
-        mask=mask,
-        behaviour_logprobs=torch.where(mask, logprobs[:, :width], 0.0),
-        ended=is_eos.any(1),
-    )

@@ -21,7 +21,7 @@ from srppo.errors import ConfigError, ModelError
 from srppo.records import Rollout
 from srppo.rollout.decode import unwrapped
 from srppo.rollout.engine import Progress, Sampling
-from srppo.rollout.torch_engine import _check_lengths, _record, position_limit
+from srppo.rollout.record import check_lengths, gathered, position_limit
 from srppo.rollout.vllm_weights import Adapter, Mark, TiedAdapter, active_adapter, named_weights, plain_tensors, write_config
 
 if TYPE_CHECKING:
@@ -88,19 +88,13 @@ class VLLMEngine:
         assert len(prompts) == len(seeds) and (prompt_index is None or len(prompt_index) == len(prompts))
         model, limit = unwrapped(model), sampling.max_new_tokens
         rows = [tuple(p) for p in prompts]
-        _check_lengths([len(p) for p in rows], limit, position_limit(model.config))
-        tokens = torch.zeros(len(rows), limit, dtype=torch.int64)
-        logprobs = torch.zeros(len(rows), limit, dtype=torch.float32)
-        if rows:
-            with _undisturbed(model.device):
-                self._start(model, max(len(p) for p in rows) + limit)
-                self._sync(model)
-                for done, (row, ids, scores) in enumerate(self._decode(rows, seeds, sampling), 1):
-                    tokens[row, : len(ids)] = torch.tensor(ids)
-                    logprobs[row, : len(ids)] = torch.tensor(scores)
-                    if on_progress is not None:
-                        on_progress(done, len(rows))
-        return _record(rows, prompt_index, tokens, logprobs, self.special.eos_ids)
+        check_lengths([len(p) for p in rows], limit, position_limit(model.config))
+        if not rows:
+            return gathered([], rows, prompt_index, limit, self.special.eos_ids, None)
+        with _undisturbed(model.device):
+            self._start(model, max(len(p) for p in rows) + limit)
+            self._sync(model)
+            return gathered(self._decode(rows, seeds, sampling), rows, prompt_index, limit, self.special.eos_ids, on_progress)
 
     def close(self) -> None:
         """Stop vLLM and free its memory. The next use starts it again."""
@@ -208,8 +202,8 @@ class VLLMEngine:
     def _sync(self, model: PreTrainedModel) -> None:
         """The running vLLM holds this model's weights and its active adapter when this returns."""
         adapter = active_adapter(model)
-        beside = adapter is not None and self._lora and adapter.servable and adapter.rank <= self.lora_rank
-        merge = None if beside else adapter
+        servable = adapter is not None and self._lora and adapter.servable and adapter.rank <= self.lora_rank
+        beside, merge = (adapter, None) if servable else (None, adapter)
         tensors, note = list(plain_tensors(model).values()), None
         if merge is not None:
             tensors, note = tensors + merge.tensors, (merge.names, merge.scales)
@@ -218,13 +212,12 @@ class VLLMEngine:
             self._load(model, merge)
             self._weights = Mark(tensors, note)
             self.syncs += 1
-        if not beside:
+        if beside is None:
             self._drop_adapter()
-        elif self._adapter is None or not self._adapter.holds(adapter.tensors, (adapter.names, adapter.scales)):  # type: ignore[union-attr]
-            assert adapter is not None
+        elif self._adapter is None or not self._adapter.holds(beside.tensors, (beside.names, beside.scales)):
             self._drop_adapter()
-            self._add(adapter)
-            self._adapter = Mark(adapter.tensors, (adapter.names, adapter.scales))
+            self._add(beside)
+            self._adapter = Mark(beside.tensors, (beside.names, beside.scales))
             self.syncs += 1
 
     def _load(self, model: PreTrainedModel, merge: Adapter | None) -> None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from srppo.errors import ConfigError, DataError, ModelError
 from srppo.records import Rollout
 from srppo.rollout.decode import unwrapped
 from srppo.rollout.engine import Progress, Sampling
-from srppo.rollout.torch_engine import _check_lengths, _record, position_limit
+from srppo.rollout.record import check_lengths, gathered, position_limit
 from srppo.rollout.vllm_http import START, Connection, Gone, Refused, ServerError, patiently
 from srppo.rollout.vllm_weights import Adapter, Mark, active_adapter, named_weights, plain_tensors, write_config
 
@@ -96,19 +95,13 @@ class VLLMServerEngine:
         """
         assert len(prompts) == len(seeds) and (prompt_index is None or len(prompt_index) == len(prompts))
         model, limit = unwrapped(model), sampling.max_new_tokens
-        rows = [list(p) for p in prompts]
-        _check_lengths([len(p) for p in rows], limit, position_limit(model.config))
-        tokens = torch.zeros(len(rows), limit, dtype=torch.int64)
-        logprobs = torch.zeros(len(rows), limit, dtype=torch.float32)
-        if rows:
-            self._sync(model)
-            self._check_room(max(len(p) for p in rows) + limit)
-            for done, (row, ids, scores) in enumerate(self._ask_all(rows, seeds, sampling), 1):
-                tokens[row, : len(ids)] = torch.tensor(ids)
-                logprobs[row, : len(ids)] = torch.tensor([float("nan") if s is None else s for s in scores])
-                if on_progress is not None:
-                    on_progress(done, len(rows))
-        return _record([tuple(p) for p in rows], prompt_index, tokens, logprobs, self.special.eos_ids)
+        rows = [tuple(p) for p in prompts]
+        check_lengths([len(p) for p in rows], limit, position_limit(model.config))
+        if not rows:
+            return gathered([], rows, prompt_index, limit, self.special.eos_ids, None)
+        self._sync(model)
+        self._check_room(max(len(p) for p in rows) + limit)
+        return gathered(self._ask_all(rows, seeds, sampling), rows, prompt_index, limit, self.special.eos_ids, on_progress)
 
     def close(self) -> None:
         """Remove the weights handed over. The servers keep what they hold."""
@@ -118,7 +111,9 @@ class VLLMServerEngine:
 
     # --- asking for responses
 
-    def _ask_all(self, rows: list[list[int]], seeds: Sequence[int], sampling: Sampling) -> Iterator[tuple[int, list[int], list[float]]]:
+    def _ask_all(
+        self, rows: list[tuple[int, ...]], seeds: Sequence[int], sampling: Sampling
+    ) -> Iterator[tuple[int, list[int], list[float]]]:
         """Rows as they are answered. Every server has its threads, which take the next row when they are free."""
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         answers: queue.SimpleQueue[tuple[int, list[int], list[float]] | BaseException] = queue.SimpleQueue()
@@ -156,13 +151,13 @@ class VLLMServerEngine:
                 line.close()
 
     def _ask(
-        self, server: Server, line: Connection, prompt: list[int], seed: int, sampling: Sampling, stop: threading.Event
+        self, server: Server, line: Connection, prompt: tuple[int, ...], seed: int, sampling: Sampling, stop: threading.Event
     ) -> tuple[list[int], list[float]]:
         wanted = self._wanted
         assert wanted is not None
         body = {
             "model": wanted.adapter.name if wanted.adapter else server.model,
-            "prompt": prompt,
+            "prompt": list(prompt),
             "max_tokens": sampling.max_new_tokens,
             "temperature": 0.0 if sampling.deterministic else sampling.temperature,
             "top_p": sampling.top_p,
@@ -200,7 +195,7 @@ class VLLMServerEngine:
         ids = choice.get("token_ids")
         if ids is None or choice.get("logprobs") is None:
             raise ServerError(f"{server.url} returns no token ids; srppo needs vLLM 0.20 or newer there")
-        return ids, choice["logprobs"]["token_logprobs"]
+        return ids, [float("nan") if score is None else score for score in choice["logprobs"]["token_logprobs"]]  # JSON has no NaN
 
     def _check_room(self, tokens: int) -> None:
         for server in self.servers:
@@ -224,8 +219,9 @@ class VLLMServerEngine:
             self._lora = False  # from now on merged
             self._bring_all(wanted := self._written(model, None, adapter))
         if old is not None:
-            for path in {old.weights, old.adapter} - {wanted.weights, wanted.adapter, None}:
-                shutil.rmtree(path, ignore_errors=True)  # type: ignore[arg-type]
+            for path in {old.weights, old.adapter} - {wanted.weights, wanted.adapter}:
+                if path is not None:  # no server needs it any more; what cannot be removed now goes with the whole folder
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _written(self, model: PreTrainedModel, beside: Adapter | None, merge: Adapter | None) -> Wanted:
         """The folders with what the model holds now; written anew only where that has changed."""

@@ -92,10 +92,10 @@ class Adapter:
 
 def active_adapter(model: PreTrainedModel) -> Adapter | None:
     """The adapter that is switched on; None for a model without, or with adapters off."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    on = {n: layer for n, layer in layers.items() if not layer.disable_adapters}  # type: ignore[attr-defined]
-    names = {name for layer in on.values() for name in layer.active_adapters}  # type: ignore[attr-defined]
-    used: dict[str, Any] = {n: layer for n, layer in on.items() if names & (set(layer.lora_A) | set(layer.lora_embedding_A))}
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    on = {n: layer for n, layer in layers.items() if not layer.disable_adapters}
+    names = {name for layer in on.values() for name in layer.active_adapters}
+    used = {n: layer for n, layer in on.items() if names & (set(layer.lora_A) | set(layer.lora_embedding_A))}
     return Adapter(used, tuple(sorted(names))) if used else None
 
 
