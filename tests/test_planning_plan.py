@@ -88,7 +88,7 @@ def test_offloading_leaves_one_frozen_model_on_the_gpu(folder: Path) -> None:
     architecture = read_architecture(job.model)
     settings = replace(read_settings(job), offload_frozen=True)
     model = describe(architecture, settings)
-    work, micros = planned_passes(settings, LENGTHS)
+    work, micros = planned_passes(settings, LENGTHS, False)
     found = phases(model, settings, LENGTHS, dict.fromkeys(work, Footprint()), micros, gpu=True)
     by_name = {p.name: p for p in found}
     n = model.counts.total
@@ -97,15 +97,15 @@ def test_offloading_leaves_one_frozen_model_on_the_gpu(folder: Path) -> None:
     assert sum(i.bytes for i in by_name["scoring"].items if i.role in ("base", "sft") and not i.host) == 4 * n
 
 
-def test_critic_as_a_head_has_no_trunk(folder: Path) -> None:
+def test_a_fitted_critic_has_no_trunk_but_the_sums_of_its_fit(folder: Path) -> None:
     job = config(folder)
-    settings = replace(read_settings(job), critic="head")
+    settings = replace(read_settings(job), critic="least_squares")
     model = describe(read_architecture(job.model), settings)
-    work, micros = planned_passes(settings, LENGTHS)
+    work, micros = planned_passes(settings, LENGTHS, False)
     found = phases(model, settings, LENGTHS, dict.fromkeys(work, Footprint()), micros, gpu=True)
     update = next(p for p in found if p.name == "policy update")
     assert "critic update" not in {p.name for p in found}
-    assert sum(i.bytes for i in update.items if i.role == "critic" and i.purpose == "weights") == 4 * (32 + 1)
+    assert sum(i.bytes for i in update.items if i.role == "critic") == 8 * 32 * 32
     assert sums(update, "kept states") == settings.rollouts * (40 + 24) * 32 * 4
 
 

@@ -22,7 +22,7 @@ from benchmarks.race.shapes import SHAPES, Shape
 OPTIONS: dict[str, dict[str, Any]] = {  # of ours, by the name that follows the tuning in Job.tuning
     "": {},
     "compile": {"model.compile": True},
-    "head": {"tuning.critic": "head"},
+    "head": {"tuning.critic": "least_squares"},
     "tokens512": {"ppo.micro_batch_tokens": 512},
     "checkpointing": {"model.gradient_checkpointing": True},
     "frozen16": {"model.frozen_dtype": "bfloat16"},

@@ -102,7 +102,7 @@ def rloo(result: Result) -> list[str]:
     ]
 
 
-OPTIONS = {"compile": ("`model.compile: true`", "yes"), "head": ("`tuning.critic: head`", "no critic trunk to train")}
+OPTIONS = {"compile": ("`model.compile: true`", "yes"), "head": ("`tuning.critic: least_squares`", "no critic trunk to train")}
 
 
 def race(result: Result) -> list[str]:

@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 from srppo.records import TokenScores
 
 KEPT_BYTES = 64 * 2**20  # probabilities up to this size are kept for the backward pass
+CHUNK_BYTES = {"cpu": 64 * 2**20}  # logits in memory at once: what a CPU's caches can still help with
+OTHER_CHUNK_BYTES = 256 * 2**20  # on a GPU
+FEWEST_ROWS = 256  # with fewer, reading the head's weights anew for each chunk costs more than its products
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,26 @@ def token_logprobs(logits: Tensor, ids: Tensor, entropy: bool = False) -> TokenS
     return TokenScores(chosen, -(every.exp() * finite).sum(-1))
 
 
-def chunked_logprobs(hidden: Tensor, head: Head, ids: Tensor, *, chunk: int = 1024, entropy: bool = False) -> TokenScores:
+def chunked_logprobs(hidden: Tensor, head: Head, ids: Tensor, *, chunk: int | None = None, entropy: bool = False) -> TokenScores:
     """token_logprobs(head.logits(hidden), ids) without holding [N, V], unless that is at most KEPT_BYTES and one chunk.
 
-    hidden [N, H], ids [N] int64, chunk: rows of logits in memory at once (about chunk x V float32 forward and backward).
+    hidden [N, H], ids [N] int64, chunk: rows of logits in memory at once (about chunk x V float32 forward and backward), by default
+    `rows_at_once`.
     Gradients reach hidden, head.weight and head.bias, each only if it asks for one. Works under no_grad and autocast.
     Raises ValueError if chunk < 1.
     """
+    if chunk is None:
+        chunk = rows_at_once(head.weight.shape[0], hidden.device.type)
     if chunk < 1:
         raise ValueError(f"chunk is the number of rows in memory at once and must be at least 1, got {chunk}")
     dtype = _product_dtype(hidden, head.weight)
     chosen, spread = _ChunkedLogprobs.apply(hidden, head.weight, head.bias, ids, head.softcap, head.multiplier, chunk, entropy, dtype)
     return TokenScores(chosen, spread)
+
+
+def rows_at_once(vocabulary: int, device: str) -> int:
+    """How many rows of float32 logits of this width make a chunk: 64 MiB on a CPU, 256 MiB elsewhere, at least 256 rows."""
+    return max(FEWEST_ROWS, CHUNK_BYTES.get(device, OTHER_CHUNK_BYTES) // (4 * vocabulary))
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

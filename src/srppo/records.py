@@ -9,7 +9,7 @@ Log-probabilities are natural logarithms (nats), float32, untempered.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,27 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What a fitted critic reads before each response token: the frozen model's state, and the log-ratio of the response so far.
+
+    A reward at the response's end is a sum of which that part is already decided; no state says it as plainly.
+    """
+
+    states: list[Tensor]  # B of [T_b, H], as the model gave them
+    so_far: list[Tensor]  # B of [T_b] float32
+
+    def parts(self, rows: Sequence[int], tokens: int = 4096) -> Iterator[tuple[list[int], Tensor]]:
+        """Runs of these rows, each of about so many tokens, with their features [n, H + 1] float32."""
+        part: list[int] = []
+        for place, row in enumerate(rows):
+            part.append(row)
+            if place + 1 == len(rows) or sum(len(self.so_far[r]) for r in part) >= tokens:
+                states, so_far = (torch.cat([x[r] for r in part]).float() for x in (self.states, self.so_far))
+                yield part, torch.cat([states, so_far[:, None].to(states.device)], 1)
+                part = []
+
+
+@dataclass(frozen=True)
 class ScoredRollout:
     """A rollout with the frozen models' and the critic's word on each response token."""
 
@@ -123,7 +144,7 @@ class ScoredRollout:
     lp_anchor: Tensor | None  # [B, T] log pi of the KL anchor; None without one
     values: Tensor  # [B, T] critic's value of the state before each response token, in the critic's units
     preference: Tensor | None = None  # [B] a reward model's score of each response; None with the coherent reward
-    states: list[Tensor] | None = None  # B of [T_b, H], the frozen states a critic without a trunk reads; None where it has one
+    features: Features | None = None  # what a critic without a trunk reads; None where it has one
     prefixes: list[Tensor] | None = None  # B of [P_b + T_b - 1, H], states that enter the first adapted layer; None where all are adapted
 
 
@@ -137,7 +158,7 @@ class Experience:
     advantages: Tensor  # [B, T]
     returns: Tensor  # [B, T] the critic's targets, in its units
     keep: Tensor  # [B] bool, False for rollouts left out of the loss (missing-EOS treatment "exclude")
-    states: list[Tensor] | None = None  # as in ScoredRollout
+    features: Features | None = None  # as in ScoredRollout
     prefixes: list[Tensor] | None = None  # as in ScoredRollout
 
 

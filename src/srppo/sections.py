@@ -61,9 +61,9 @@ class TuningConfig(Section):
     lora_layers: int | None = Field(default=None, ge=1)
     """Adapters on the last so many decoder layers only; all of them if unset. What is below is then the same for all roles and steps:
     PPO runs it once a rollout and keeps its states (tokens x hidden size)."""
-    critic: Literal["own", "head"] = "own"
-    """own: the critic has a trunk, a copy of the SFT model or an adapter. head: it is a linear head on the frozen SFT model's states,
-    which scoring computes anyway: almost no time and memory, and a coarser baseline."""
+    critic: Literal["own", "least_squares"] = "own"
+    """own: the critic has a trunk, a copy of the SFT model or an adapter, trained by gradient steps. least_squares: its values are a
+    linear function of the frozen SFT model's states, which scoring computes anyway, fitted in closed form: almost no time and memory."""
 
 
 class DataConfig(Section):

@@ -38,12 +38,18 @@ def target_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
 
 
 def token_scores(
-    model: PreTrainedModel, batch: TokenBatch, *, entropy: bool = False, states: bool = False, chunk: int = 1024, autocast: str = "none"
+    model: PreTrainedModel,
+    batch: TokenBatch,
+    *,
+    entropy: bool = False,
+    states: bool = False,
+    chunk: int | None = None,
+    autocast: str = "none",
 ) -> TokenScores:
     """Log-probability (and entropy, and states) of each of the N target tokens, [N] float32, in row-major order.
 
-    Only target positions pass the LM head, `chunk` rows of logits at a time. autocast "bfloat16": matrix products in
-    bfloat16, log-softmax in float32. Differentiable where gradients are on.
+    Only target positions pass the LM head, `chunk` rows of logits at a time (by default logprobs.rows_at_once). autocast "bfloat16":
+    matrix products in bfloat16, log-softmax in float32. Differentiable where gradients are on.
     """
     batch = batch.to(model.device)
     with autocasting(model.device, autocast):

@@ -6,7 +6,7 @@ One object owns them all. How they share memory is the store's affair (full_role
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,7 @@ from srppo.models.critic import token_values, value_head
 from srppo.models.flat import flat_row
 from srppo.models.forward import autocasting, token_scores
 from srppo.models.full_roles import FullRoles, refuse_adapter
+from srppo.models.least_squares import LeastSquaresValues
 from srppo.models.load import load_model
 from srppo.models.lora_roles import LoraRoles
 from srppo.models.plan import plan
@@ -39,7 +40,7 @@ from srppo.models.tokens import (
     special_tokens,
 )
 from srppo.models.weights import copy_into, fingerprint, snapshot
-from srppo.records import TokenBatch, TokenScores
+from srppo.records import Features, TokenBatch, TokenScores
 
 CRITIC = "critic"
 
@@ -81,7 +82,8 @@ class Roles:
     ):
         self.kind, self.tokenizer, self.special, self.model_config, self.device = store.kind, tokenizer, special, model_config, device
         self._store, self._source = store, source
-        self._head: nn.Linear | None = None
+        self._head: nn.Linear | None = None  # of a critic with a trunk
+        self._fitted: LeastSquaresValues | None = None  # a critic without one
 
     @property
     def flat(self) -> bool:
@@ -150,6 +152,9 @@ class Roles:
 
     def drop(self, role: str) -> None:
         """Forget a role and free its memory."""
+        if role == CRITIC and self._fitted is not None:
+            self._fitted = None
+            return
         self._check(role)
         if role == "base":
             raise ModelError("base cannot be dropped")
@@ -230,20 +235,23 @@ class Roles:
 
     @property
     def has_critic(self) -> bool:
-        return self._head is not None
+        return self._head is not None or self._fitted is not None
 
     @property
     def critic_has_trunk(self) -> bool:
-        return CRITIC in self._store.names()
+        return self._head is not None
 
     def create_critic(self, source: str, trunk: bool = True) -> None:
-        """A critic whose values start at exactly 0, with a trunk that starts as a copy of the source's, or with none: a head alone,
-        which reads states of the source that the caller hands to `values_of`."""
+        """A critic whose values start at exactly 0, with a trunk that starts as a copy of the source's, or with none: fitted by least
+        squares to features that the caller hands to `values_of` and `fit_critic`: states of the source and a figure beside them."""
         self._check_new(CRITIC, critic=True)
         self._check(source)
-        if trunk:
-            self._store.create_critic(source)
-        self._head = value_head(plan(self._store.model(CRITIC if trunk else source)).width, self.device)
+        width = plan(self._store.model(source)).width
+        if not trunk:
+            self._fitted = LeastSquaresValues(width, 1, self.device)
+            return
+        self._store.create_critic(source)
+        self._head = value_head(width, self.device)
 
     def values(self, batch: TokenBatch, *, train: bool = False) -> Tensor:
         """[N] float32: the critic's value of the state that predicts each target token. For a critic with a trunk."""
@@ -251,13 +259,25 @@ class Roles:
         with self._store.use(CRITIC, train) as trunk:
             return token_values(trunk, head, batch, autocast=self.model_config.autocast)
 
-    def values_of(self, states: Tensor) -> Tensor:
-        """[N] float32: the value head on given states [N, H]. For a critic without a trunk."""
-        return self._value_head()(states.to(self.device, torch.float32)).squeeze(-1)
+    def values_of(self, features: Features) -> Tensor:
+        """[N] float32: the values of all response tokens, row by row. For a critic without a trunk."""
+        fitted = self._least_squares()
+        return torch.cat([torch.empty(0, device=self.device), *(fitted(x) for _, x in features.parts(range(len(features.states))))])
+
+    def fit_critic(self, features: Features, rows: Sequence[int], returns: Sequence[Tensor]) -> bool:
+        """Fit the values to some rows of a round, with their returns B of [T_b] (least_squares.py). For a critic without a trunk.
+
+        False, and nothing changed, where one of them is not finite.
+        """
+        parts = features.parts(rows)
+        return self._least_squares().fit((x, torch.cat([returns[r] for r in part])) for part, x in parts)
 
     def critic_parameters(self) -> dict[str, nn.Parameter]:
-        trunk = self._store.parameters(CRITIC) if self.critic_has_trunk else {}
-        return {**_prefixed("trunk.", trunk), **_prefixed("value_head.", dict(self._value_head().named_parameters()))}
+        """What gradient steps change: trunk and head; of a critic without a trunk nothing."""
+        if self._fitted is not None:
+            return {}
+        head = dict(self._value_head().named_parameters())
+        return {**_prefixed("trunk.", self._store.parameters(CRITIC)), **_prefixed("value_head.", head)}
 
     def critic_state(self) -> dict[str, Tensor]:
         """CPU clones of the critic's weights, for a checkpoint."""
@@ -269,7 +289,7 @@ class Roles:
 
     def save_critic(self, folder: str | Path, card: str | None = None) -> None:
         """Write the trunk, if it has one (a model folder, or an adapter folder), and value_head.safetensors (weight [1, H], bias [1])."""
-        head = self._value_head()
+        head = self._fitted.linear() if self._fitted else dict(self._value_head().named_parameters())
         text = (
             card
             or "# Critic\n\nThe value function of a Self-Rewarding PPO run: this trunk, with `value_head.safetensors` on its last states."
@@ -278,20 +298,25 @@ class Roles:
             if self.critic_has_trunk:
                 self._write(CRITIC, work, text)
             else:
-                (work / "README.md").write_text(
-                    f"{text}\nIt has no trunk of its own and reads the last states of the SFT model.\n", encoding="utf-8"
-                )
-            save_file({n: p.detach().cpu().contiguous() for n, p in head.named_parameters()}, work / "value_head.safetensors")
+                inputs = "the SFT model's last states and, as the last input, the log-ratio of the response so far"
+                (work / "README.md").write_text(f"{text}\nIt has no trunk of its own; its inputs are {inputs}.\n", encoding="utf-8")
+            save_file({n: p.detach().cpu().contiguous() for n, p in head.items()}, work / "value_head.safetensors")
 
     def _critic_tensors(self) -> dict[str, Tensor]:
+        if self._fitted is not None:
+            return self._fitted.tensors()
         head = {f"value_head.{n}": p for n, p in self._value_head().named_parameters()}
-        trunk = self._store.tensors(CRITIC) if self.critic_has_trunk else {}
-        return {**{f"trunk.{n}": t for n, t in trunk.items()}, **head}
+        return {**{f"trunk.{n}": t for n, t in self._store.tensors(CRITIC).items()}, **head}
 
     def _value_head(self) -> nn.Linear:
         if self._head is None:
             raise ModelError("there is no critic yet; create_critic makes one")
         return self._head
+
+    def _least_squares(self) -> LeastSquaresValues:
+        if self._fitted is None:
+            raise ModelError("there is no critic without a trunk; create_critic(source, trunk=False) makes one")
+        return self._fitted
 
     # --- checks
 
@@ -300,7 +325,7 @@ class Roles:
             raise ModelError(f"there is no role {role!r}; there are {', '.join(sorted(self._store.names()))}")
 
     def _check_new(self, role: str, critic: bool = False) -> None:
-        if role in self._store.names():
+        if role in self._store.names() or (role == CRITIC and self._fitted is not None):
             raise ModelError(f"the role {role!r} exists already; drop it first")
         if not role.isidentifier() or (role == CRITIC and not critic):
             raise ModelError(f"{role!r} cannot be the name of a role (a plain word other than critic can)")

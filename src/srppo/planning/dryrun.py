@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 from transformers import masking_utils
 
-from srppo.logprobs import Head, chunked_logprobs
+from srppo.logprobs import Head, chunked_logprobs, rows_at_once
 from srppo.models.forward import autocasting
 from srppo.planning.architecture import Architecture, quiet, with_adapters
 
@@ -149,7 +149,7 @@ class Pass:
     head: str = "logprobs"  # logprobs | values | last (logits of the last position only) | none
     train: bool = False
     entropy: bool = False
-    chunk: int = 1024  # rows of logits at once
+    device: str = "cpu"  # the kind of device it is planned for
     checkpointing: bool = False
     autocast: str = "none"
     dtype: str = "float32"
@@ -248,7 +248,8 @@ def _measure(model: Any, value_head: nn.Linear, work: Pass, gradients: list[Tens
                 loss = out(chosen).float()
             else:
                 plain = Head(out.weight, getattr(out, "bias", None))
-                loss = chunked_logprobs(chosen, plain, places, chunk=work.chunk, entropy=work.entropy).logprobs.sum()
+                chunk = rows_at_once(plain.weight.shape[0], work.device)
+                loss = chunked_logprobs(chosen, plain, places, chunk=chunk, entropy=work.entropy).logprobs.sum()
         elif work.head == "values":
             with torch.autocast(ids.device.type, enabled=False):
                 loss = value_head(chosen.float()).sum()

@@ -25,7 +25,7 @@ class Item:
     """One use of memory in one phase."""
 
     role: str  # base | sft | policy | critic | all
-    purpose: str  # weights | gradients | optimizer | activations | kv cache | logits | checkpoint copy | gathered layer | file
+    purpose: str  # weights | gradients | optimizer | statistics | activations | kv cache | logits | checkpoint copy | gathered layer | file
     bytes: int
     host: bool = False  # in the CPU's memory while the device has its own
 
@@ -114,8 +114,6 @@ def phases(
     trained = {"sft": n if s.full else model.adapter, "policy": n if s.full else model.adapter}
     if s.critic == "own":
         trained["critic"] = model.counts.trunk if s.full else model.adapter
-    elif s.critic == "head":
-        trained["critic"] = model.counts.width + 1
     each, frozen = s.trained_bytes, s.frozen_bytes
 
     def weights(role: str, bytes_each: int, host: bool = False) -> Item:
@@ -166,7 +164,9 @@ def phases(
     rows = min(s.rollout_rows, s.rollouts)
     asked = lengths.evaluated * s.samples if lengths.evaluated is not None else s.evaluation_rows
     judged = min(s.evaluation_rows, asked)
-    everyone = (*resting, *learners, *gathered)
+    width, fitted = model.counts.width, s.critic == "least_squares"
+    sums = 8 * width * width  # float64
+    everyone = (*resting, *learners, *gathered, *([Item("critic", "statistics", sums)] if fitted else []))
     states = kept_states(model, settings, lengths)
     out += [
         Phase("rollout", (*everyone, *decoding("policy", rows, -(-rows // s.samples_per_prompt)))),
@@ -175,7 +175,12 @@ def phases(
     ]
     if s.critic == "own":
         out.append(Phase("critic update", (*everyone, *states, *update("critic", "critic"))))
-    out.append(Phase("ppo checkpoint", (*everyone, *copies(*(r for r in ("policy", "critic") if r in trained)))))
+    if fitted:  # the states at once in float64, a round's sums, the covariance and its factor
+        responses = s.rollouts * lengths.max_response
+        fit = 3 * sums + responses * width * (BYTES[s.dtype] + 8)
+        out.append(Phase("critic fit", (*everyone, *states, Item("critic", "activations", fit))))
+    kept = [Item("critic", "checkpoint copy", sums, host=gpu)] if fitted else []
+    out.append(Phase("ppo checkpoint", (*everyone, *copies(*(r for r in ("policy", "critic") if r in trained)), *kept)))
     idle = tuple(i for i in everyone if i.purpose != "optimizer")
     out.append(Phase("evaluation", (*idle, *decoding("policy", judged, -(-judged // s.samples)))))
     return out
@@ -183,6 +188,6 @@ def phases(
 
 def kept_states(model: Model, settings: Settings, lengths: Lengths) -> list[Item]:
     """Hidden states [tokens, H] of a round that are kept where the lower layers, or the critic's trunk, are run once a rollout."""
-    kinds = (settings.lora_layers is not None) + (settings.critic == "head")
+    kinds = (settings.lora_layers is not None) + (settings.critic == "least_squares")
     size = settings.rollouts * (lengths.max_prompt + lengths.max_response) * model.counts.width * BYTES[settings.dtype]
     return [Item("all", "kept states", kinds * size)] if kinds else []

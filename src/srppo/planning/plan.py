@@ -71,7 +71,7 @@ def make_plan(config: RunConfig, architecture: Architecture, lengths: Lengths, m
     """Pure but for the dry runs, which need no memory and a second or two."""
     settings = read_settings(config)
     model = describe(architecture, settings)
-    work, micros = planned_passes(settings, lengths)
+    work, micros = planned_passes(settings, lengths, machine.gpu)
     done = {name: _cached(architecture, p, settings.lora_layers if p.train else None) for name, p in work.items()}
     held = done if machine.gpu else {name: with_holes(f, HOLES[config.tuning.kind]) for name, f in done.items()}
     parts = phases(model, settings, lengths, held, micros, gpu=machine.gpu, shards=machine.count)
@@ -127,12 +127,12 @@ def describe(architecture: Architecture, settings: Settings) -> Model:
     )
 
 
-def planned_passes(settings: Settings, lengths: Lengths) -> tuple[dict[str, Pass], dict[str, int]]:
+def planned_passes(settings: Settings, lengths: Lengths, gpu: bool) -> tuple[dict[str, Pass], dict[str, int]]:
     """The passes of a run by name, and how many micro-batches an optimizer step of each training pass has."""
     s, longest = settings, lengths.max_prompt + lengths.max_response
     rank = None if s.full else s.lora_rank
     learn: dict[str, Any] = {"train": True, "checkpointing": s.checkpointing, "lora_rank": rank, "lora_targets": s.lora_targets}
-    common: dict[str, Any] = {"autocast": s.autocast, "dtype": s.dtype}
+    common: dict[str, Any] = {"autocast": s.autocast, "dtype": s.dtype, "device": "cuda" if gpu else "cpu"}
     rows = micro_rows(longest, s.minibatch, s.micro_tokens)
     scored = micro_rows(longest, s.rollouts, s.micro_tokens)
     sft_rows = micro_rows(lengths.max_demonstration, s.sft_batch, s.sft_micro_tokens)
@@ -174,7 +174,7 @@ def remedies(config: RunConfig, gpu: bool) -> Iterator[dict[str, Any]]:
         if gpu:
             yield {"model.offload_frozen": True}
     if config.ppo.baseline == "critic":
-        yield {"tuning.critic": "head"}
+        yield {"tuning.critic": "least_squares"}
     if config.tuning.kind == "full":
         yield {"tuning.kind": "lora"}
     if config.model.dtype == "float32":

@@ -16,7 +16,7 @@ from srppo.masking import masked_mean, masked_sum, masked_whiten
 from srppo.models.over_rollout import logprobs_and_states, over_rollout, padding_tokens, prefixes, role_logprobs, rollout_tokens
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
-from srppo.records import Experience, Prompt, Rollout, ScoredRollout
+from srppo.records import Experience, Features, Prompt, Rollout, ScoredRollout
 from srppo.rewards import CoherentReward, PreferenceReward, RewardOutput, kl_k1, kl_k3
 from srppo.rollout.engine import RolloutEngine, Sampling, repeated
 from srppo.seeding import permutation
@@ -72,9 +72,12 @@ def score(
         else:
             said[role] = role_logprobs(roles, role, rollout, tokens, below)
     check()
+    features = None
     if states is not None:
-        with torch.no_grad():
-            values[rollout.mask] = roles.values_of(torch.cat(states)).cpu()
+        log_ratio = said[reward_role] - said["base"]
+        so_far = log_ratio.cumsum(1) - log_ratio
+        features = Features(states, [so_far[row, :n] for row, n in enumerate(rollout.lengths.tolist())])
+        values[rollout.mask] = roles.values_of(features).cpu()
     elif roles.has_critic:
         values = over_rollout(roles, rollout, tokens, roles.values, below)
     preference = None
@@ -85,7 +88,7 @@ def score(
     compute.forward_tokens += models * rollout_tokens(rollout)
     compute.padding_tokens += models * padding_tokens(roles, rollout, tokens)
     return ScoredRollout(
-        rollout, said[reward_role], said["base"], said["sft"], said.get(config.reward.kl_anchor), values, preference, states, below
+        rollout, said[reward_role], said["base"], said["sft"], said.get(config.reward.kl_anchor), values, preference, features, below
     )
 
 
@@ -160,7 +163,9 @@ def make_experience(scored: ScoredRollout, judged: Judged, beta: float, scale: V
     if ppo.behaviour_logprobs == "recompute" and ppo.importance_cap is not None:
         advantages = advantages * importance_weights(judged.old_logprobs, rollout.behaviour_logprobs, ppo.importance_cap)
     targets = torch.where(mask, (returns - scale.mean) / scale.std, 0.0)
-    return Experience(rollout, judged.old_logprobs, scored.values, advantages, targets, judged.reward.keep, scored.states, scored.prefixes)
+    return Experience(
+        rollout, judged.old_logprobs, scored.values, advantages, targets, judged.reward.keep, scored.features, scored.prefixes
+    )
 
 
 def importance_weights(trainer_logprobs: Tensor, engine_logprobs: Tensor, cap: float) -> Tensor:

@@ -29,7 +29,7 @@ from srppo.train.guard import Guard
 from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
 from srppo.train.learner import scheduled_lr
 from srppo.train.speed import TimedLearner, rates, snapshot
-from srppo.train.update import update
+from srppo.train.update import fit_critic, update
 
 SAMPLES_KEPT = 8  # rollouts a round written to samples.jsonl
 
@@ -60,7 +60,7 @@ class PPOState:
     """What changes over the rounds beside the weights."""
 
     policy: TimedLearner
-    critic: TimedLearner | None  # None with baseline group
+    critic: TimedLearner | None  # None with baseline group, and where the critic is fitted
     beta: float  # KL coefficient of the next round
     phases: Phases  # what the round costs
     iteration: int = 0  # finished rounds
@@ -101,7 +101,9 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
     roles.freeze("sft")  # after the copies were taken from its full precision
     state = PPOState(
         TimedLearner(roles.parameters("policy"), ppo.learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon),
-        TimedLearner(roles.critic_parameters(), ppo.critic_learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon) if learned else None,
+        TimedLearner(roles.critic_parameters(), ppo.critic_learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon)
+        if learned and roles.critic_has_trunk
+        else None,
         first_beta(config.reward),
         Phases(roles.device),
         guard=guard,
@@ -207,7 +209,7 @@ def _learn(setup: PPOSetup, state: PPOState, gathered: Gathered) -> dict[str, fl
     state.policy.set_lr(lr)
     if state.critic:
         state.critic.set_lr(critic_lr)
-    train_policy = state.critic is None or iteration > ppo.critic_warmup
+    train_policy = not setup.roles.has_critic or iteration > ppo.critic_warmup
     with state.phases("update"):
         metrics |= update(
             setup.roles,
@@ -221,6 +223,8 @@ def _learn(setup: PPOSetup, state: PPOState, gathered: Gathered) -> dict[str, fl
             compute=spent,
             warn=setup.progress.warn,
         )
+        if experience.features is not None and trainable:
+            metrics |= fit_critic(setup.roles, experience, setup.progress.warn)
     state.iteration = iteration
     if trainable:  # else the next round sets the units
         state.scale = gathered.scale
@@ -268,8 +272,10 @@ def _samples(gathered: Gathered, decode: Callable[[list[int]], str]) -> list[dic
 def _checkpoint(setup: PPOSetup, state: PPOState) -> Checkpoint:
     roles, compute = setup.roles, setup.compute
     tensors = {"policy": roles.state("policy"), "policy-optimizer": state.policy.state()}
+    if roles.has_critic:
+        tensors["critic"] = roles.critic_state()
     if state.critic:
-        tensors |= {"critic": roles.critic_state(), "critic-optimizer": state.critic.state()}
+        tensors["critic-optimizer"] = state.critic.state()
     content = {
         "episodes": state.episodes,
         "beta": state.beta,
@@ -286,8 +292,9 @@ def _restore(setup: PPOSetup, state: PPOState, saved: Checkpoint) -> None:
     roles, compute = setup.roles, setup.compute
     roles.load_state("policy", saved.tensors["policy"])
     state.policy.load_state(saved.tensors["policy-optimizer"])
-    if state.critic:
+    if roles.has_critic:
         roles.load_critic_state(saved.tensors["critic"])
+    if state.critic:
         state.critic.load_state(saved.tensors["critic-optimizer"])
     state.iteration, state.episodes = saved.step, saved.state["episodes"]
     state.beta = saved.state["beta"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def update(
     """Move policy and critic on one round's experience. Returns metrics under TRL's names.
 
     The advantages, returns and old values are those of the rollout policy throughout. Rows left out (keep False) take no part.
-    critic None: there is none to train. train_policy False trains the critic only (its warm-up).
+    critic None: there is none to train by gradient steps. train_policy False trains the critic only (its warm-up).
     Raises TrainingStopped after max_skipped_steps non-finite steps in a row.
     """
     rollout = experience.rollout
@@ -98,6 +99,21 @@ def update(
     return out
 
 
+def fit_critic(roles: Roles, experience: Experience, warn: Callable[[str], None]) -> dict[str, float]:
+    """Fit a critic without a trunk to the round's features and returns, for the next round.
+
+    loss/value_avg is that of the values before the fit, without a clip; timing/critic in seconds.
+    """
+    begun = time.perf_counter()
+    assert experience.features is not None, "scored without features"
+    rows, mask = torch.nonzero(experience.keep).flatten().tolist(), experience.rollout.mask
+    returns = [x[m] for x, m in zip(experience.returns, mask)]
+    if not roles.fit_critic(experience.features, rows, returns):
+        warn("NaN or infinite features or returns: the critic was not fitted in this round")
+    missed = (experience.old_values - experience.returns)[rows][mask[rows]]
+    return {"loss/value_avg": float(missed.square().mean()) / 2, "timing/critic": time.perf_counter() - begun}
+
+
 def _minibatch(
     roles: Roles,
     experience: Experience,
@@ -114,7 +130,7 @@ def _minibatch(
     rollout, device = experience.rollout, roles.device
     denominator = int(rollout.lengths[minibatch].sum())
     micros = micro_batches(roles, rollout, config.micro_batch_tokens, minibatch, experience.prefixes)
-    passes = train_policy + (critic is not None and experience.states is None)
+    passes = train_policy + (critic is not None)
     compute.padding_tokens += passes * padding_tokens(roles, rollout, config.micro_batch_tokens, minibatch)
 
     def flat(x: Tensor, rows: list[int]) -> Tensor:
@@ -131,11 +147,8 @@ def _minibatch(
         return LossOutput(out.loss, {**out.metrics, "entropy": scores.entropy.detach().sum()})
 
     def value_loss(rows: list[int], batch: TokenBatch) -> LossOutput:
-        if experience.states is None:
-            compute.trained_tokens += int(batch.attention_mask.sum())
-            values = roles.values(batch, train=True)
-        else:
-            values = roles.values_of(torch.cat([experience.states[r] for r in rows]))
+        compute.trained_tokens += int(batch.attention_mask.sum())
+        values = roles.values(batch, train=True)
         return clipped_value_loss(values, flat(experience.old_values, rows), flat(experience.returns, rows), config.value_clip)
 
     approx_kl = 0.0

@@ -1,0 +1,101 @@
+"""A critic without a trunk in a run: it reads the SFT model's states from the scoring pass, and is fitted to each round for the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from srppo.config import build
+from srppo.errors import ModelError
+from srppo.models.roles import Roles
+from srppo.records import Features
+from srppo.rollout.engine import Sampling
+from srppo.rollout.torch_engine import TorchEngine
+from srppo.train.compute import Compute
+from srppo.train.experience import score
+from srppo.train.interrupt import Interrupted
+from tiny_job import StopAt, metrics, run, tiny_job, weights, without_clock
+from tiny_models import save_tiny, tiny_roles, train_role
+
+
+def critic_of(place: str, kind: str, trunk: bool) -> Roles:
+    roles = tiny_roles(place, kind)  # type: ignore[arg-type]
+    roles.create("sft", "base")
+    train_role(roles, "sft", steps=2)
+    roles.create("policy", "sft")
+    roles.create_critic("sft", trunk=trunk)
+    roles.freeze("sft")
+    return roles
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_values_are_those_of_the_same_head_on_a_trunk_that_stands_still(kind: str, tmp_path: Path) -> None:
+    place, config = save_tiny(tmp_path / "llama"), build({"ppo": {"micro_batch_tokens": 30}})
+    own, fitted = critic_of(place, kind, True), critic_of(place, kind, False)
+    assert fitted.has_critic and fitted.critic_parameters() == {} and "critic" not in fitted._store.names()
+    with own.use("sft") as model:
+        rollout = TorchEngine(own.special, 8).generate(model, [[5, 6], [7], [8, 9, 10]], range(3), Sampling(6))
+    begun = score(fitted, rollout, config, Compute())
+    assert begun.features is not None and begun.values.eq(0).all()  # nothing known yet
+    returns = [torch.randn(int(n), generator=torch.Generator().manual_seed(int(n))) for n in rollout.lengths]
+    assert fitted.fit_critic(begun.features, [2, 0, 1], returns)
+    fitted.save_critic(tmp_path / "critic")
+    with torch.no_grad():
+        for name, saved in load_file(tmp_path / "critic" / "value_head.safetensors").items():
+            own.critic_parameters()[f"value_head.{name}"].copy_(saved[:, :-1] if name == "weight" else saved)
+    last = float(load_file(tmp_path / "critic" / "value_head.safetensors")["weight"][0, -1])  # of the log-ratio so far
+    compute = Compute(), Compute()
+    expected, found = (score(roles, rollout, config, spent) for roles, spent in zip((own, fitted), compute))
+    so_far = torch.tensor([[float((found.lp_reward - found.lp_base)[b, :t].sum()) for t in range(rollout.mask.shape[1])] for b in range(3)])
+    torch.testing.assert_close(found.values, (expected.values + last * so_far) * rollout.mask, atol=1e-4, rtol=1e-3)
+    assert found.values.abs().max() > 0.1 and expected.features is None and found.features is not None
+    assert [len(s) for s in found.features.states] == rollout.lengths.tolist()
+    torch.testing.assert_close(found.lp_sft, expected.lp_sft)
+    assert compute[0].forward_tokens * 2 == compute[1].forward_tokens * 3  # base, sft and a critic; base and sft
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_job_resumes_exactly_and_saves_only_the_head(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {
+        "tuning__critic": "least_squares",
+        "diagnose__enabled": False,
+        "guard__every": 0,
+        "ppo__iterations": 4,
+        "ppo__critic_warmup": 1,
+    }
+    config = tiny_job(tmp_path, kind=kind, **options)
+    whole = config.model_copy(update={"output": str(tmp_path / "whole")})
+    run(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr("srppo.workspace.Interrupt", lambda: StopAt(30))
+        with pytest.raises(Interrupted):
+            run(config)
+    run(config, resume=True)
+    ends = [
+        weights(tmp_path / name / "policy") | load_file(tmp_path / name / "critic" / "value_head.safetensors") for name in ("run", "whole")
+    ]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+    assert without_clock(metrics(tmp_path / "run")) == without_clock(metrics(tmp_path / "whole"))
+    assert {p.name for p in (tmp_path / "run" / "critic").iterdir()} == {"README.md", "value_head.safetensors", "value_scale.json"}
+    assert "no trunk" in (tmp_path / "run" / "critic" / "README.md").read_text()
+    rounds = [m for m in metrics(tmp_path / "run") if m.get("stage") == "ppo" and "iteration" in m]
+    assert ends[0]["weight"].abs().max() > 0 and "policy/entropy_avg" not in rounds[-1]
+    assert [m["policy/steps"] > 0 for m in rounds] == [False, True, True, True]  # the warm-up round only fits
+    assert all(m["loss/value_avg"] > 0 and "critic/lr" not in m and "critic/grad_norm" not in m for m in rounds)
+    assert rounds[0]["critic/mean_value"] != rounds[1]["critic/mean_value"]
+
+
+def test_the_two_kinds_of_critic_are_not_mixed_up(tmp_path: Path) -> None:
+    place = save_tiny(tmp_path / "llama")
+    own, fitted = critic_of(place, "full", True), critic_of(place, "full", False)
+    with pytest.raises(ModelError, match="without a trunk"):
+        own.values_of(Features([], []))
+    with pytest.raises(ModelError, match="critic"):
+        fitted.load_critic_state(own.critic_state())
+    with pytest.raises(ModelError, match="exists already"):
+        fitted.create_critic("sft", trunk=False)
+    fitted.drop("critic")
+    assert not fitted.has_critic
