@@ -19,8 +19,8 @@ from benchmarks.race.ours import OPTIONS
 from benchmarks.race.shapes import SHAPES
 
 RUNS = {
-    "full": ["", "compile", "tokens512", "head", "checkpointing", "frozen16", "autocast", "recompute", "entropy", ""],
-    "lora": ["", "compile", "head", "apart"],
+    "full": ["", "compile", "tokens512", "least_squares", "checkpointing", "frozen16", "autocast", "recompute", "entropy", ""],
+    "lora": ["", "compile", "least_squares", "apart"],
 }
 PAGE = ROOT / "docs" / "speed.md"
 START, END = "<!-- options: written by python -m benchmarks.options -->", "<!-- end of options -->"

@@ -13,8 +13,8 @@ from benchmarks.race import sides
 NAME = "race_trl_ppo"
 PEERS = {
     # lora: what TRL's peft_config gives, an adapter on the policy beside a critic that is trained whole. thrifty: see race/trl_ppo.py
-    "full": sides.Peer("trl_ppo", ("full", "full_thrifty"), options=("compile", "head")),
-    "lora": sides.Peer("trl_ppo", ("lora", "lora_thrifty"), options=("compile", "head")),
+    "full": sides.Peer("trl_ppo", ("full", "full_thrifty"), options=("compile", "least_squares")),
+    "lora": sides.Peer("trl_ppo", ("lora", "lora_thrifty"), options=("compile", "least_squares")),
 }
 
 

@@ -22,7 +22,7 @@ from benchmarks.race.shapes import SHAPES, Shape
 OPTIONS: dict[str, dict[str, Any]] = {  # of ours, by the name that follows the tuning in Job.tuning
     "": {},
     "compile": {"model.compile": True},
-    "head": {"tuning.critic": "least_squares"},
+    "least_squares": {"tuning.critic": "least_squares"},
     "tokens512": {"ppo.micro_batch_tokens": 512},
     "checkpointing": {"model.gradient_checkpointing": True},
     "frozen16": {"model.frozen_dtype": "bfloat16"},
@@ -49,7 +49,7 @@ def recipe(shape: Shape, tuning: str, materials: Path, output: Path, updates: in
             "dtype": "float32" if tuning == "full" else job.frozen,  # of the base, where adapters learn
             "frozen_dtype": job.frozen,
         },
-        "tuning": {"kind": tuning, "lora_rank": shape.rank, "lora_alpha": 2.0 * shape.rank},
+        "tuning": {"kind": tuning, "lora_rank": shape.rank, "lora_alpha": 2.0 * shape.rank, "critic": "own"},
         "data": {
             "demonstrations": str(materials / "demonstrations.jsonl"),
             "prompts": str(materials / "prompts.jsonl"),

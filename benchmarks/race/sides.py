@@ -24,7 +24,7 @@ class Peer:
     side: str  # module in benchmarks.race
     kinds: tuple[str, ...]  # Job.tuning of its runs; the first is the rival, the others are told beside it
     path: str | None = None  # put before PYTHONPATH
-    options: tuple[str, ...] = ()  # of ours, told beside our plain run: compile, head (see ours.recipe)
+    options: tuple[str, ...] = ()  # of ours, told beside our plain run: compile, least_squares (see ours.recipe)
 
 
 def options(description: str | None, name: str) -> argparse.Namespace:
