@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of ours, by the name that follows the 
     "apart": {"rollout.merge_adapters": False},
     "recompute": {"ppo.behaviour_logprobs": "recompute"},
     "entropy": {"ppo.entropy": True},
+    "liger": {"model.kernels": "liger"},
 }
 UNCLIPPED = 1e9  # max_grad_norm: TRL's PPO never clips
 

@@ -37,6 +37,9 @@ class ModelConfig(Section):
     """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1 …"""
     compile: bool = False
     """torch.compile each decoder layer for scoring and training: some seconds to start, then faster. Rollouts are not compiled."""
+    kernels: Literal["plain", "liger"] = "plain"
+    """liger: Liger's fused Triton kernels for norms, rotary positions and gated MLPs, on a GPU (needs liger-kernel). They are tried on a
+    few tokens, forward and backward, before they are used."""
     offload_frozen: bool = False
     """Full tuning on a GPU: the frozen copies (base, sft) stay in the machine's memory and visit the GPU when they are asked."""
     gradient_checkpointing: bool = False
@@ -61,9 +64,15 @@ class TuningConfig(Section):
     lora_layers: int | None = Field(default=None, ge=1)
     """Adapters on the last so many decoder layers only; all of them if unset. What is below is then the same for all roles and steps:
     PPO runs it once a rollout and keeps its states (tokens x hidden size)."""
-    critic: Literal["own", "least_squares"] = "own"
+    critic: Literal["auto", "own", "least_squares"] = "auto"
     """own: the critic has a trunk, a copy of the SFT model or an adapter, trained by gradient steps. least_squares: its values are a
-    linear function of the frozen SFT model's states, which scoring computes anyway, fitted in closed form: almost no time and memory."""
+    linear function, fitted in closed form, of the frozen SFT model's states and of the log-ratio so far, which scoring computes anyway:
+    almost no time and memory. auto: least_squares in lora tuning, own in full."""
+
+    @property
+    def fits_critic(self) -> bool:
+        """Whether the critic, where there is one, is fitted by least squares."""
+        return self.critic == "least_squares" or (self.critic == "auto" and self.kind == "lora")
 
 
 class DataConfig(Section):

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from srppo.config import ModelConfig
 from srppo.errors import ModelError
+from srppo.models.kernels import use_liger
 from srppo.models.source import (
     Source,
     find_source,
@@ -88,6 +89,8 @@ def load_model(model: ModelConfig, *, name: str | None = None, dtype: str | None
         if not loaded.supports_gradient_checkpointing:
             raise ModelError(f"{source}: {type(loaded).__name__} has no gradient checkpointing; set model.gradient_checkpointing: false")
         loaded.gradient_checkpointing_enable({"use_reentrant": False})
+    if model.kernels == "liger":
+        use_liger(loaded, device)
     return loaded
 
 

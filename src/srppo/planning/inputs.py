@@ -34,7 +34,7 @@ class Settings:
     lora_rank: int
     lora_targets: str | tuple[str, ...]
     lora_layers: int | None  # adapters on the last so many layers; None: on all
-    critic: str  # own | head | none
+    critic: str  # own | least_squares | none
     dtype: str
     frozen_dtype: str
     autocast: str
@@ -82,7 +82,7 @@ class Settings:
 def read_settings(config: RunConfig) -> Settings:
     """The adapter between the recipe's keys and the plan."""
     model, tuning, sft, ppo, rollout = config.model, config.tuning, config.sft, config.ppo, config.rollout
-    critic = "none" if ppo.baseline != "critic" else tuning.critic
+    critic = "none" if ppo.baseline != "critic" else "least_squares" if tuning.fits_critic else "own"
     targets = tuning.lora_targets
     return Settings(
         full=tuning.kind == "full",
