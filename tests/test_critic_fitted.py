@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from safetensors.torch import load_file
 from srppo.config import build
 from srppo.errors import ModelError
 from srppo.models.roles import Roles
-from srppo.records import Features
+from srppo.records import Experience, Features, Rollout
 from srppo.rollout.engine import Sampling
 from srppo.rollout.torch_engine import TorchEngine
 from srppo.train.compute import Compute
-from srppo.train.experience import score
+from srppo.train.experience import decided_so_far, score
 from srppo.train.interrupt import Interrupted
+from srppo.train.update import fit_critic
 from tiny_job import StopAt, metrics, run, tiny_job, weights, without_clock
 from tiny_models import save_tiny, tiny_roles, train_role
 
@@ -55,6 +57,55 @@ def test_values_are_those_of_the_same_head_on_a_trunk_that_stands_still(kind: st
     assert [len(s) for s in found.features.states] == rollout.lengths.tolist()
     torch.testing.assert_close(found.lp_sft, expected.lp_sft)
     assert compute[0].forward_tokens * 2 == compute[1].forward_tokens * 3  # base, sft and a critic; base and sft
+
+
+def test_rows_left_out_of_the_loss_take_no_part_in_the_fit(tmp_path: Path) -> None:
+    """Three rows, the middle one left out: the fit is that of the other two, whatever the middle one holds."""
+    lengths, g = [3, 2, 4], torch.Generator().manual_seed(0)
+    mask = torch.tensor([[t < n for t in range(4)] for n in lengths])
+    rollout = Rollout([[5]] * 3, [0, 1, 2], torch.ones(3, 4, dtype=torch.int64), mask, torch.zeros(3, 4), torch.ones(3, dtype=torch.bool))
+    zeros, returns = torch.zeros(3, 4), torch.randn(3, 4, generator=g)
+    states = [torch.randn(n, 16, generator=g, dtype=torch.float32).bfloat16() for n in lengths]
+    keep, found = torch.tensor([True, False, True]), []
+    for middle in (1.0, float("nan")):
+        roles = critic_of(save_tiny(tmp_path / "llama"), "full", False)
+        width = roles._least_squares().ridged
+        features = Features([s.repeat(1, width // 16 + 1)[:, :width] for s in states], [torch.arange(float(n)) for n in lengths])
+        features.states[1].fill_(middle)
+        experience = Experience(rollout, zeros, zeros, zeros, returns, keep, features)
+        metrics = fit_critic(roles, experience, warn=pytest.fail)
+        expected = torch.cat([returns[0, :3], returns[2]]).square().mean() / 2
+        assert metrics["loss/value_avg"] == pytest.approx(float(expected))
+        found.append({name: t.clone() for name, t in roles._least_squares().tensors().items()})
+    assert float(found[0]["totals"][0]) == 7 and all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+def test_parts_are_all_rows_in_their_order() -> None:
+    lengths = [3, 0, 5, 1, 4]
+    states = [torch.full((n, 2), float(i), dtype=torch.bfloat16) for i, n in enumerate(lengths)]
+    features = Features(states, [torch.full((n,), 10.0 + i) for i, n in enumerate(lengths)])
+    parts = list(features.parts([4, 1, 0, 2], tokens=4))
+    assert [rows for rows, _ in parts] == [[4], [1, 0, 2]]
+    assert torch.cat([x for _, x in parts]).tolist() == [[float(i), float(i), 10.0 + i] for i in (4, 0, 2) for _ in range(lengths[i])]
+    assert list(features.parts([])) == []
+
+
+def test_what_is_decided_so_far_is_the_rewards_own_terms() -> None:
+    """By hand: clip, shift and EOS option as in the reward; a token's own term is not yet in it, and no infinity reaches it."""
+    rollout = Rollout(
+        [[5]] * 2,
+        [0, 1],
+        torch.ones(2, 3, dtype=torch.int64),
+        torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(),
+        torch.zeros(2, 3),
+        torch.ones(2).bool(),
+    )
+    ratio = torch.tensor([[0.5, 9.0, 1.0], [-math.inf, 2.0, 0.0]])
+    config = build({"reward": {"token_clip": 2.0, "token_shift": 0.25, "include_eos": False}})
+    found = decided_so_far(ratio, torch.zeros(2, 3), rollout, config)
+    assert found.tolist() == [[0.0, 0.25, 2.0], [0.0, -2.25, -2.25]]
+    plain = decided_so_far(torch.tensor([[0.5, 9.0, 1.0], [1.0, 2.0, 0.0]]), torch.zeros(2, 3), rollout, build({}))
+    assert plain[:, :2].tolist() == [[0.0, 0.5], [0.0, 1.0]] and float(plain[0, 2]) == 9.5
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from srppo.models.least_squares import FORGETTING, STRENGTHS, LeastSquaresValues
+from srppo.models.least_squares import FIRST, FORGETTING, STRENGTHS, LeastSquaresValues
 
 CPU = torch.device("cpu")
 
@@ -62,22 +62,25 @@ def test_it_says_zero_before_it_is_fitted_and_learns_a_linear_value_in_one_round
     assert STRENGTHS[fitted.chosen] == min(STRENGTHS) and explained(fitted(later), after) > 0.99
 
 
-def test_the_strength_is_the_one_that_predicted_best_and_a_strong_one_where_states_tell_nothing() -> None:
-    g = torch.Generator().manual_seed(1)
-    fitted = LeastSquaresValues(64, 0, CPU)
-    for _ in range(6):  # fewer rows than states are wide, returns that are noise
-        fitted.fit([(torch.randn(40, 64, generator=g), torch.randn(40, generator=g))])
-    assert STRENGTHS[fitted.chosen] >= 1
-    x, y = torch.randn(500, 64, generator=g), torch.randn(500, generator=g)
-    assert explained(fitted(x), y) > -0.1  # hardly worse than a constant
+@pytest.mark.parametrize(("noise", "strong"), [(0.1, False), (40.0, True)])
+def test_the_strength_is_the_one_whose_fits_predicted_the_rounds_after_them_best(noise: float, strong: bool) -> None:
+    data, fitted = rounds(6, 12, 8, noise), LeastSquaresValues(6, 2, CPU)
+    for x, y in data:
+        fitted.fit([(x, y)])
+    errors = np.zeros(len(STRENGTHS))
+    for seen in range(1, len(data)):
+        x, y = (t.double().numpy() for t in data[seen])
+        lines = [by_hand(data[:seen], strength) for strength in STRENGTHS]
+        errors = FORGETTING * errors + [((x @ w + bias - y) ** 2).sum() for w, bias in lines]
+    assert fitted.chosen == errors.argmin() and (fitted.chosen > FIRST if strong else fitted.chosen < FIRST)
 
 
 def test_old_rounds_are_forgotten() -> None:
     fitted = LeastSquaresValues(3, 0, CPU)
     x = torch.randn(200, 3, generator=torch.Generator().manual_seed(2))
-    fitted.fit([(x, x[:, 0])])
-    for _ in range(60):
-        fitted.fit([(x, -x[:, 0])])
+    for sign in (1, -1):
+        for _ in range(40):
+            fitted.fit([(x, sign * x[:, 0])])
     assert explained(fitted(x), -x[:, 0]) > 0.99
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import types
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def norms(model: nn.Module) -> list[Any]:
 def by_hand(model: nn.Module) -> None:
     """The same RMS norm by another formula, bound to the instances as Liger does."""
     for norm in norms(model):
-        norm.forward = lambda x, n=norm: nn.functional.rms_norm(x, x.shape[-1:], n.weight, n.variance_epsilon)
+        norm.forward = types.MethodType(lambda n, x: nn.functional.rms_norm(x, x.shape[-1:], n.weight, n.variance_epsilon), norm)
 
 
 def wrong_states(model: nn.Module) -> None:
@@ -75,6 +76,11 @@ def test_layers_that_agree_are_used_and_its_losses_are_not_asked_for(tmp_path: P
     use_liger(model, GPU)
     assert calls == [{"cross_entropy": False, "fused_linear_cross_entropy": False}]
     assert all("forward" in vars(norm) for norm in norms(model))
+    twin = copy.deepcopy(model)  # as full tuning makes its roles: the copy's layers have the copy's weights
+    ids = torch.arange(4)[None]
+    before = twin(ids).logits
+    norms(model)[0].weight.data.mul_(3.0)
+    assert torch.equal(twin(ids).logits, before) and not torch.equal(model(ids).logits, before)
     assert [p.requires_grad for p in model.parameters()] == flags and all(p.grad is None for p in model.parameters())
 
 

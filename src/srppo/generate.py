@@ -124,7 +124,7 @@ def _plan(model: str, base: str | None, device: str) -> tuple[RunConfig, str, st
             raise ModelError(f"{model}: this run holds no model yet (neither {' nor '.join(f'{s}/' for s in STAGES)})")
         place = str(found)
     source = find_source(place)
-    changes: dict[str, object] = {"model.device": device}
+    changes: dict[str, object] = {"model.device": device, "model.kernels": "plain"}
     if not is_adapter(source):
         if base is not None:
             raise ModelError(f"{model}: this is a whole model, not an adapter; leave --base out")

@@ -41,9 +41,9 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
         if config.ppo.iterations:
             ppo = ppo_stage(space)
             evaluation_stage(space, "srppo")
-            for role in ("policy", "critic"):  # make room; a resumed run has no critic
-                if space.loaded.roles.has(role):
-                    space.loaded.roles.drop(role)
+            roles = space.loaded.roles  # make room; a resumed run has no critic
+            for role in ["policy"] * roles.has("policy") + ["critic"] * roles.has_critic:
+                roles.drop(role)
             if config.evaluation.continued_sft:
                 continued_stage(space, ppo["compute"]["passes"])
                 evaluation_stage(space, CONTINUED)

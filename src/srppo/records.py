@@ -114,13 +114,13 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Features:
-    """What a fitted critic reads before each response token: the frozen model's state, and the log-ratio of the response so far.
+    """What a fitted critic reads before each response token: the frozen model's state, and the reward's terms so far.
 
-    A reward at the response's end is a sum of which that part is already decided; no state says it as plainly.
+    A coherent reward at the response's end is a sum of which that part is already decided; no state says it as plainly.
     """
 
     states: list[Tensor]  # B of [T_b, H], as the model gave them
-    so_far: list[Tensor]  # B of [T_b] float32
+    so_far: list[Tensor]  # B of [T_b] float32, nats
 
     def parts(self, rows: Sequence[int], tokens: int = 4096) -> Iterator[tuple[list[int], Tensor]]:
         """Runs of these rows, each of about so many tokens, with their features [n, H + 1] float32."""

@@ -256,15 +256,15 @@ class PPOConfig(Section):
     learning_rate: float = Field(default=3e-6, gt=0)
     """AdamW, policy."""
     critic_learning_rate: float = Field(default=1e-5, gt=0)
-    """AdamW, critic."""
+    """AdamW, of a critic that is trained (tuning.critic: own)."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
-    """AdamW's epsilon, policy and critic. PPO code often has 1e-5, which for billions of weights is as large as their gradients."""
+    """AdamW's epsilon, policy and trained critic. PPO code often has 1e-5, which for billions of weights is as large as their gradients."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of both learning rates, over the iterations."""
     clip: float = Field(default=0.2, gt=0)
     """epsilon of the clipped surrogate."""
     value_clip: float = Field(default=0.2, gt=0)
-    """Clip range of the critic's change per round, in units of the standard deviation of the first round's returns."""
+    """Clip range of a trained critic's change per round, in units of the standard deviation of the first round's returns."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
@@ -278,7 +278,7 @@ class PPOConfig(Section):
     target_kl: float | None = Field(default=None, gt=0)
     """Stop a round's epochs when the approximate KL to the rollout policy exceeds this; nats a token."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Global norm to which policy and critic gradients are scaled down, each by itself."""
+    """Global norm to which policy and trained critic's gradients are scaled down, each by itself."""
     behaviour_logprobs: Literal["rollout", "recompute"] = "rollout"
     """The ratio's denominator: what the engine returned, or a forward pass of the trainer before the update (exact, one pass more)."""
     importance_cap: float | None = Field(default=2.0, ge=1)

@@ -16,9 +16,10 @@ from srppo.models.plan import same_states
 def use_liger(model: PreTrainedModel, device: torch.device) -> None:
     """Let Liger's Triton kernels (Hsu et al. 2024, arXiv 2410.10989) compute norms, rotary positions and gated MLPs of a model on a GPU.
 
-    Not its losses: log-probabilities have their own path (logprobs.py). For rotary positions Liger changes all models of the class in
-    the process. A few tokens are run forward and backward before and after; raises ModelError where the results differ, where there is
-    no GPU, no liger-kernel, or nothing for this architecture.
+    Not its losses: log-probabilities have their own path (logprobs.py). A few tokens are run forward and backward before and after;
+    raises ModelError where the results differ, where there is no GPU, no liger-kernel, or nothing for this architecture. Liger also puts
+    its layers into transformers' module of the architecture, so that what is loaded later has them from the start: only the first
+    model of an architecture is compared with plain layers.
     """
     if device.type != "cuda":
         raise ModelError(f"model.kernels: liger needs a GPU, and the model is on {device.type}; use model.kernels: plain")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 FORGETTING = 0.9  # weight of a round in the next one
-STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # ridge, in units of the features' mean variance
-FIRST = 2  # the strength used until one has been tried
+STRENGTHS = (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)  # ridge, in units of the features' mean variance
+FIRST = 4  # the strength used until one has been tried
 
 
 class LeastSquaresValues:
@@ -47,7 +47,7 @@ class LeastSquaresValues:
 
     def __call__(self, features: Tensor) -> Tensor:
         """[N] float32 values of features [N, F], on their device."""
-        x = features.to(self.gram.device, torch.float64)
+        x = features.to(self.gram.device).double()  # in this order: MPS has no float64
         return (x @ self.weights[self.chosen] + self.biases[self.chosen]).to(features.device, torch.float32)
 
     def fit(self, parts: Iterable[tuple[Tensor, Tensor]]) -> bool:
@@ -57,7 +57,7 @@ class LeastSquaresValues:
         new = [torch.zeros_like(k) for k in kept]
         gram, moment, sums, totals, errors = new
         for features, returns in parts:
-            x, y = (t.to(self.gram.device, torch.float64) for t in (features, returns))
+            x, y = (t.to(self.gram.device).double() for t in (features, returns))
             gram.addmm_(x.t(), x)
             moment.addmv_(x.t(), y)
             sums.add_(x.sum(0))

@@ -288,18 +288,17 @@ class Roles:
         copy_into(self._critic_tensors(), state, CRITIC)
 
     def save_critic(self, folder: str | Path, card: str | None = None) -> None:
-        """Write the trunk, if it has one (a model folder, or an adapter folder), and value_head.safetensors (weight [1, H], bias [1])."""
+        """Write the trunk, if it has one (a model folder, or an adapter folder), and value_head.safetensors: weight [1, H], or
+        [1, H + 1] without a trunk, and bias [1]."""
         head = self._fitted.linear() if self._fitted else dict(self._value_head().named_parameters())
-        text = (
-            card
-            or "# Critic\n\nThe value function of a Self-Rewarding PPO run: this trunk, with `value_head.safetensors` on its last states."
-        )
+        inputs = "this trunk's last states" if self.critic_has_trunk else "the SFT model's last states and, last, the reward's terms so far"
+        told = "" if self.critic_has_trunk else " It has no trunk of its own."
+        text = card or f"# Critic\n\nThe value function of a Self-Rewarding PPO run: `value_head.safetensors` on {inputs}.{told}\n"
         with atomic_folder(folder) as work:
             if self.critic_has_trunk:
                 self._write(CRITIC, work, text)
             else:
-                inputs = "the SFT model's last states and, as the last input, the log-ratio of the response so far"
-                (work / "README.md").write_text(f"{text}\nIt has no trunk of its own; its inputs are {inputs}.\n", encoding="utf-8")
+                (work / "README.md").write_text(text, encoding="utf-8")
             save_file({n: p.detach().cpu().contiguous() for n, p in head.items()}, work / "value_head.safetensors")
 
     def _critic_tensors(self) -> dict[str, Tensor]:

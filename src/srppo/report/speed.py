@@ -154,8 +154,8 @@ def _critic(speed: Speed, config: dict[str, Any], _: dict[str, Any]) -> list[str
     if speed.share("critic") < CRITIC_SHARE:
         return []
     return [
-        f"The critic's steps take {percent(speed.share('critic'), 0)} of PPO's time: ppo.baseline: group needs no critic "
-        "(but several samples a prompt, and its advantages are noisier)."
+        f"The critic's steps take {percent(speed.share('critic'), 0)} of PPO's time: tuning.critic: least_squares is fitted without any, "
+        "and ppo.baseline: group needs no critic (but several samples a prompt, and its advantages are noisier)."
     ]
 
 

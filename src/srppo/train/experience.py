@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from srppo.advantages import generalized_advantages, group_baseline, reward_to_go
@@ -17,7 +18,7 @@ from srppo.models.over_rollout import logprobs_and_states, over_rollout, padding
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
 from srppo.records import Experience, Features, Prompt, Rollout, ScoredRollout
-from srppo.rewards import CoherentReward, PreferenceReward, RewardOutput, kl_k1, kl_k3
+from srppo.rewards import CoherentReward, PreferenceReward, RewardOutput, kl_k1, kl_k3, token_log_ratio
 from srppo.rollout.engine import RolloutEngine, Sampling, repeated
 from srppo.seeding import permutation
 from srppo.train.compute import Compute
@@ -74,9 +75,8 @@ def score(
     check()
     features = None
     if states is not None:
-        log_ratio = said[reward_role] - said["base"]
-        so_far = log_ratio.cumsum(1) - log_ratio
-        features = Features(states, [so_far[row, :n] for row, n in enumerate(rollout.lengths.tolist())])
+        decided = decided_so_far(said[reward_role], said["base"], rollout, config)
+        features = Features(states, [decided[row, :n] for row, n in enumerate(rollout.lengths.tolist())])
         values[rollout.mask] = roles.values_of(features).cpu()
     elif roles.has_critic:
         values = over_rollout(roles, rollout, tokens, roles.values, below)
@@ -90,6 +90,16 @@ def score(
     return ScoredRollout(
         rollout, said[reward_role], said["base"], said["sft"], said.get(config.reward.kl_anchor), values, preference, features, below
     )
+
+
+def decided_so_far(lp_reward: Tensor, lp_base: Tensor, rollout: Rollout, config: RunConfig) -> Tensor:
+    """[B, T] the sum of the coherent reward's terms (clip and shift inside, not divided by the length) of the tokens before each."""
+    reward = config.reward
+    clip, shift = reward.token_clip, reward.token_shift
+    terms = token_log_ratio(
+        lp_reward, lp_base, rollout.mask, rollout.ended, include_eos=reward.include_eos, token_clip=clip, token_shift=shift
+    )
+    return F.pad(terms.cumsum(1)[:, :-1], (1, 0)) if terms.shape[1] else terms
 
 
 @dataclass(frozen=True)

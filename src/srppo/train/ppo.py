@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from srppo.config import RunConfig
 from srppo.errors import TrainingStopped
@@ -169,7 +169,12 @@ def _round(setup: PPOSetup, state: PPOState) -> dict[str, float]:
     """One round. Nothing changes before the update, so a stop until then leaves the state of the round before; after, it is finished."""
     gathered = _gather(setup, state)
     setup.interrupt.check()
-    return _learn(setup, state, gathered)
+    fitted: dict[str, float] = {}
+    if gathered.experience.features is not None:
+        with state.phases("update"):
+            fitted = fit_critic(setup.roles, gathered.experience, setup.progress.warn)
+        gathered = replace(gathered, experience=replace(gathered.experience, features=None))  # makes room for the update
+    return _learn(setup, state, gathered) | fitted
 
 
 def _gather(setup: PPOSetup, state: PPOState) -> Gathered:
@@ -223,8 +228,6 @@ def _learn(setup: PPOSetup, state: PPOState, gathered: Gathered) -> dict[str, fl
             compute=spent,
             warn=setup.progress.warn,
         )
-        if experience.features is not None and trainable:
-            metrics |= fit_critic(setup.roles, experience, setup.progress.warn)
     state.iteration = iteration
     if trainable:  # else the next round sets the units
         state.scale = gathered.scale

@@ -64,7 +64,7 @@ def update(
     Raises TrainingStopped after max_skipped_steps non-finite steps in a row.
     """
     rollout = experience.rollout
-    rows = torch.nonzero(experience.keep & (rollout.lengths > 0)).flatten().tolist()
+    rows = torch.nonzero(experience.keep & (rollout.lengths > 0)).flatten().tolist() if train_policy or critic else []
     log = UpdateLog(defaultdict(list), [])
     total = config.epochs * min(config.minibatches, len(rows))
     done = 0
@@ -100,7 +100,7 @@ def update(
 
 
 def fit_critic(roles: Roles, experience: Experience, warn: Callable[[str], None]) -> dict[str, float]:
-    """Fit a critic without a trunk to the round's features and returns, for the next round.
+    """Fit a critic without a trunk to the round's features and returns, for the next round (rows left out take no part).
 
     loss/value_avg is that of the values before the fit, without a clip; timing/critic in seconds.
     """
