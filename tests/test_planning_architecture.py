@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from srppo.config import build
 from srppo.errors import ModelError
+from srppo.models.load import load_model
 from srppo.planning.architecture import Architecture, read_architecture
 from srppo.planning.dryrun import Footprint, Pass, extrapolate, footprint
 from srppo.rollout.cache import new_cache
@@ -137,8 +138,32 @@ def test_extrapolation_is_a_line() -> None:
 
 def test_a_gguf_file_is_refused_clearly(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="GGUF file has none of its own"):
+    with pytest.raises(ModelError, match=r"GGUF file has none of its own.*--model.name NAME, with"):
         read_architecture(build({"model": {"name": str(tmp_path / "m.gguf")}}).model)
+    with pytest.raises(ModelError, match=r"--model.name NAME --model.gguf_file null"):
+        read_architecture(build({"model": {"name": str(tmp_path), "gguf_file": "m.gguf"}}).model)
+
+
+def test_what_has_no_configuration_is_told_as_by_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub model without network, an empty folder, an adapter: the same words as from load_model."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    said = {
+        "owner/nowhere": r"check name, revision and network.*HF_HUB_OFFLINE is set.*cache has no config.json",
+        str(tmp_path / "empty"): "holds no model",
+        str(tmp_path / "adapter"): r"adapter, not a model.*base as model.name",
+    }
+    for name, words in said.items():
+        config = build({"model": {"name": name}}).model
+        with pytest.raises(ModelError, match=words) as planned:
+            read_architecture(config)
+        with pytest.raises(ModelError) as loaded:
+            load_model(config)
+        assert str(planned.value) == str(loaded.value)
 
 
 def test_no_weights_are_needed(tmp_path: Path) -> None:

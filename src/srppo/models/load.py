@@ -19,9 +19,8 @@ from srppo.models.kernels import use_liger
 from srppo.models.source import (
     Source,
     find_source,
-    is_adapter,
     model_source,
-    read_json,
+    read_config,
     refuse_encoder_decoder,
     refuse_foreign_code,
     refuse_pickle,
@@ -111,16 +110,7 @@ def quiet() -> Iterator[None]:
 
 
 def _refuse(source: Source, model: ModelConfig) -> None:
-    if is_adapter(source):
-        raise ModelError(
-            f"{source}: this is an adapter, not a model; give its base as model.name, and the adapter as sft.checkpoint "
-            "with tuning.kind: lora"
-        )
-    config = read_json(source, "config.json")
-    if config is None:
-        if source.local:
-            raise ModelError(f"{source}: holds no model (neither config.json nor a .gguf file); check the path")
-        raise ModelError(unreachable(source, FileNotFoundError("no config.json")))
+    config = read_config(source)
     refuse_foreign_code(source, config, model.trust_remote_code)
     refuse_encoder_decoder(source, config)
     if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in config:

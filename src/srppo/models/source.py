@@ -99,6 +99,26 @@ def read_json(source: Source, name: str) -> dict[str, Any] | None:
     return value
 
 
+def read_config(source: Source) -> dict[str, Any]:
+    """config.json of a model. Raises ModelError where there is none: for an adapter, another folder, a hub that cannot be reached."""
+    config = read_json(source, "config.json")
+    if config is not None:
+        return config
+    if read_json(source, "adapter_config.json") is not None:
+        raise ModelError(
+            f"{source}: this is an adapter, not a model; give its base as model.name, and the adapter as sft.checkpoint "
+            "with tuning.kind: lora"
+        )
+    if source.local:
+        raise ModelError(f"{source}: holds no model (neither config.json nor a .gguf file); check the path")
+    from huggingface_hub import constants
+
+    cause = "neither the hub nor this machine's cache gave a config.json"
+    if constants.HF_HUB_OFFLINE:
+        cause = "HF_HUB_OFFLINE is set, so the hub is not asked, and this machine's cache has no config.json of it"
+    raise ModelError(unreachable(source, FileNotFoundError(cause)))
+
+
 def refuse_foreign_code(source: Source, config: dict[str, Any], trust_remote_code: bool) -> None:
     """ModelError for a model whose architecture exists only in Python code that comes with it, unless that is allowed."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

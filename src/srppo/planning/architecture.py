@@ -14,7 +14,7 @@ import torch
 
 from srppo.config import ModelConfig
 from srppo.errors import ModelError
-from srppo.models.source import model_source, read_json, refuse_encoder_decoder, refuse_foreign_code, unreachable
+from srppo.models.source import model_source, read_config, refuse_encoder_decoder, refuse_foreign_code, unreachable
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,12 @@ def read_architecture(model: ModelConfig) -> Architecture:
 
     source = model_source(model)
     if source.gguf_file is not None:
+        unset = " --model.gguf_file null" if model.gguf_file else ""
         raise ModelError(
-            f"{source}: `srppo plan` reads config.json, and a GGUF file has none of its own; "
-            "plan with the model it was made from: --model.name OWNER/NAME or its folder"
+            f"{source}: `srppo plan` reads config.json, and a GGUF file has none of its own; plan with the model it was made from: "
+            f"--model.name NAME{unset}, with its hub id or a folder that holds its config.json"
         )
-    raw = read_json(source, "config.json")
-    if raw is None:
-        raise ModelError(f"{source}: holds no config.json, from which a plan is made; check model.name")
+    raw = read_config(source)
     refuse_foreign_code(source, raw, model.trust_remote_code)
     refuse_encoder_decoder(source, raw)
     try:
