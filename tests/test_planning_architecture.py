@@ -49,13 +49,13 @@ def test_adapter_is_the_one_the_roles_make(name: str, tmp_path: Path) -> None:
     place = save_tiny(tmp_path / name, name)
     roles = tiny_roles(place, "lora")
     roles.create("sft", "base")
-    found = read_architecture(build({"model": {"name": place}}).model).adapter_parameters(4, "all-linear")
+    found = read_architecture(build({"model": {"name": place}}).model).adapter_sizes(4, "all-linear")[0]
     assert found == sum(p.numel() for p in roles.parameters("sft").values())
 
 
 def test_adapter_on_the_last_layers_is_their_share() -> None:
-    whole = llama(6).adapter_parameters(4, "all-linear")
-    assert llama(6).adapter_parameters(4, "all-linear", layers=2) == whole // 3
+    whole = llama(6).adapter_sizes(4, "all-linear")[0]
+    assert llama(6).adapter_sizes(4, "all-linear", layers=2)[0] == whole // 3
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])

@@ -21,7 +21,8 @@ from srppo.planning.inputs import Lengths, changed, micro_rows, read_settings
 from srppo.planning.lengths import find_lengths, limits
 from srppo.planning.machine import Machine, find_machine, from_table, parse_bytes
 from srppo.planning.memory import Phase, cache_bytes, pass_peak, phases, with_holes
-from srppo.planning.plan import Plan, describe, find_remedy, make_plan, planned_passes
+from srppo.planning.plan import Plan, describe, make_plan, planned_passes
+from srppo.planning.remedy import find_remedy
 from srppo.planning.tell import fragment, verdict
 from tiny_job import tiny_job
 from tiny_models import save_tiny
@@ -106,7 +107,7 @@ def test_a_fitted_critic_has_no_trunk_but_the_sums_of_its_fit(folder: Path) -> N
     update = next(p for p in found if p.name == "policy update")
     assert "critic update" not in {p.name for p in found}
     assert sum(i.bytes for i in update.items if i.role == "critic") == 8 * 32 * 32
-    assert sums(update, "kept states") == settings.rollouts * (40 + 24) * 32 * 4
+    assert sums(update, "kept states") == settings.rollouts * 24 * 32 * 4  # of response tokens
 
 
 def test_first_micro_batch_makes_gradients_while_activations_go() -> None:
@@ -174,7 +175,7 @@ def test_where_full_tuning_cannot_fit_lora_is_proposed(folder: Path) -> None:
     n = 4 * architecture.counts.total
     found = find_remedy(job, architecture, short, replace(GPU, memory=round(3.5 * n / 0.9)))  # policy, gradients and moments are four
     assert found is not None and found.changes["tuning.kind"] == "lora"
-    assert "model.gradient_checkpointing" not in found.changes  # tried before, and needless with adapters
+    assert set(found.changes) <= {"tuning.kind", "evaluation.batch_size"}  # what was tried before is needless with adapters
 
 
 def test_words_say_what_to_do(folder: Path) -> None:

@@ -94,18 +94,22 @@ class Architecture:
         vocabulary = into.shape[0] if out is None else out.weight.shape[0]
         return Counts(sum(p.numel() for p in model.parameters()), into.numel(), own, tied, vocabulary, int(self.text.hidden_size))
 
-    def adapter_parameters(self, rank: int, targets: str | tuple[str, ...], layers: int | None = None) -> int:
-        """Of one LoRA adapter; layers: on the last so many only. Counted by PEFT itself."""
+    def adapter_sizes(self, rank: int, targets: str | tuple[str, ...], layers: int | None = None) -> tuple[int, int]:
+        """Parameters of one LoRA adapter, and of the linear layers it adapts; layers: on the last so many only. Counted by PEFT itself."""
+        from peft.tuners.lora.layer import Linear as LoraLinear
+
         few = min(self.period, self.layers - 1) if self.layers > 1 else 1
         more = min(2 * few, self.layers)
         count = self.layers if layers is None else layers
-        numbers = []
+        sizes = []
         for short in (few, more):
             with torch.device("meta"):
                 model = with_adapters(self.build(self.shortened(short)), rank, targets)
-            numbers.append(sum(p.numel() for n, p in model.named_parameters() if "lora_" in n))
-        each = (numbers[1] - numbers[0]) / max(1, more - few)
-        return round(numbers[0] + (count - few) * each)
+            adapter = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+            bases: list[Any] = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLinear)]
+            sizes.append((adapter, sum(base.weight.numel() for base in bases)))
+        adapter, adapted = (round(a + (count - few) * (b - a) / max(1, more - few)) for a, b in zip(*sizes))
+        return adapter, adapted
 
     @cached_property
     def cache_elements(self) -> int:

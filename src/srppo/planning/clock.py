@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from srppo.planning.dryrun import Footprint
@@ -40,6 +40,25 @@ def pass_seconds(footprint: Footprint, machine: Machine) -> float:
     return sum(count * machine.seconds(flops, moved) for (flops, moved), count in (footprint.operations or {}).items())
 
 
+def scoring(settings: Settings, token: Callable[[str], float]) -> float:
+    """What a token of a round costs until it is scored by all models, in the unit of `token`: the cost of a token in a pass of that name.
+
+    With adapters on the last layers only, what is below them is run once ("score" less "above"); to recompute goes through all layers.
+    """
+    models = 2 + settings.reward_model + (settings.critic == "own")
+    return below(settings, token) + models * token(above(settings)) + settings.recompute * token("score")
+
+
+def above(settings: Settings) -> str:
+    """The name of a scoring pass through the layers in which roles differ."""
+    return "score" if settings.lora_layers is None else "above"
+
+
+def below(settings: Settings, token: Callable[[str], float]) -> float:
+    """A token's way through the layers below all adapters, forward."""
+    return token("score") - token(above(settings))
+
+
 def times(
     model: Model,
     settings: Settings,
@@ -65,8 +84,7 @@ def times(
     held = rows * (lengths.mean_prompt + lengths.mean_response / 2) * model.cache_elements * BYTES[s.dtype]
     decode = batches * lengths.mean_response * (pass_seconds(passes["decode"], machine) + held / machine.bandwidth)
     rollout = s.prompts * lengths.mean_prompt * token("prefill") + decode
-    scorers = 2 + s.reward_model + s.recompute + (s.critic == "own")
-    score = scorers * tokens * token("score")
+    score = tokens * scoring(s, token)
     steps = s.epochs * min(s.minibatches, s.rollouts)
     update = s.epochs * tokens * token("policy") + steps * step("policy")
     if s.critic == "own":
@@ -77,7 +95,7 @@ def times(
         if count is None and lengths.demonstrations is not None:
             count = max(1, round(s.sft_epochs * -(-lengths.demonstrations // s.sft_batch)))
         if count is not None:
-            sft = count * (s.sft_batch * lengths.mean_demonstration * token("sft") + step("sft")) / machine.count
+            sft = count * (s.sft_batch * lengths.mean_demonstration * (token("sft") + below(s, token)) + step("sft")) / machine.count
     n = machine.count
     sampled = round(s.rollouts * lengths.mean_response)
     return Times(sft, rollout / n, score / n, update / n, round(tokens), sampled, s.rounds)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -74,6 +73,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function is torch.ops.prim.device.default:  # a question, and most of all calls
+            return function(*args, **kwargs)
         if function is torch.ops.aten.nonzero.default:  # its size depends on data there is none of: all rows, an upper bound
             out = args[0].new_empty((args[0].shape[0], args[0].dim()), dtype=torch.int64)
         else:
@@ -107,20 +108,19 @@ class Ledger(TorchDispatchMode):
         self.now -= self._sizes.pop(key, 0)
 
 
-class FusedAttention(TorchFunctionMode):
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """scaled_dot_product_attention as one fused kernel, as it is on CPUs and GPUs."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if function is not torch.nn.functional.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        query, key, value, *rest = args
-        named = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest)) | kwargs
-        mask = named.get("attn_mask")
-        if mask is not None:
-            mask = query.new_zeros(mask.shape)  # what a boolean mask is turned into
-        scale, causal = named.get("scale"), bool(named.get("is_causal"))
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)[0]
+    mask = None if attn_mask is None else query.new_zeros(attn_mask.shape)  # what a boolean mask is turned into
+    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
 
 
 def _attention_flops(args: Sequence[Any], forward: bool) -> int:
@@ -190,7 +190,7 @@ def _run(config: Any, work: Pass) -> Footprint:
         model = Architecture.build(config, work.dtype)
         if work.lora_rank is not None:
             model = with_adapters(model, work.lora_rank, work.lora_targets)
-    with FakeTensorMode(allow_non_fake_inputs=True), FusedAttention(), quiet(), unpacked():
+    with FakeTensorMode(allow_non_fake_inputs=True), quiet(), prepared():
         model.to_empty(device="cpu")
         model.tie_weights()
         model.requires_grad_(work.train if work.lora_rank is None else False)
@@ -209,15 +209,20 @@ def _run(config: Any, work: Pass) -> Footprint:
 
 
 @contextmanager
-def unpacked() -> Iterator[None]:
-    """transformers looks at position ids for packed rows, which no data can answer: there are none."""
-    module: Any = masking_utils
-    before = module.find_packed_sequence_indices
-    module.find_packed_sequence_indices = lambda *_: None
+def prepared() -> Iterator[None]:
+    """Attention is one kernel; and transformers, which looks at position ids for packed rows, finds none, as no data can answer.
+
+    Both are replaced by name: a mode that sees every call of a tensor would take most of a dry run's time.
+    """
+    masks: Any = masking_utils
+    plain: Any = nn.functional
+    before, attention = masks.find_packed_sequence_indices, plain.scaled_dot_product_attention
+    masks.find_packed_sequence_indices = lambda *_: None
+    plain.scaled_dot_product_attention = fused_attention
     try:
         yield
     finally:
-        module.find_packed_sequence_indices = before
+        masks.find_packed_sequence_indices, plain.scaled_dot_product_attention = before, attention
 
 
 def architecture_width(model: Any) -> int:

@@ -46,6 +46,9 @@ class Settings:
     sft_batch: int
     sft_micro_tokens: int
     sft_saves: bool  # a checkpoint of the training state before the last step
+    engine: str  # torch | vllm (in this process) | server
+    merge_adapters: bool
+    vllm_share: float  # of the device's memory
     rollout_rows: int
     evaluation_rows: int
     samples: int  # of an evaluation, a prompt
@@ -68,6 +71,19 @@ class Settings:
     def minibatch(self) -> int:
         """Rows of an optimizer step of PPO."""
         return -(-self.rollouts // min(self.minibatches, self.rollouts))
+
+    @property
+    def vllm_dtype(self) -> str:
+        """Precision of vLLM's weights on a GPU; on a CPU it is the model's."""
+        return "bfloat16" if self.autocast == "bfloat16" else self.dtype
+
+    def merges(self, gpu: bool) -> bool:
+        """Whether a rollout has adapters merged into a second copy of the weights they adapt (rollout/merging.py), or hands one to vLLM."""
+        if self.full or self.dtype != "float32":
+            return False
+        if self.engine == "vllm":
+            return not gpu or self.vllm_dtype == "float32"
+        return self.engine == "torch" and self.merge_adapters and (self.autocast == "none" or not gpu)
 
     @property
     def frozen_bytes(self) -> int:
@@ -101,6 +117,9 @@ def read_settings(config: RunConfig) -> Settings:
         sft_batch=sft.batch_size,
         sft_micro_tokens=sft.micro_batch_tokens,
         sft_saves=any(share < 1 for share in sft.checkpoints_at),
+        engine="server" if rollout.engine == "vllm" and rollout.server else rollout.engine,
+        merge_adapters=rollout.merge_adapters,
+        vllm_share=rollout.memory,
         rollout_rows=rollout.batch_size,
         evaluation_rows=config.evaluation.batch_size,
         samples=config.evaluation.samples,

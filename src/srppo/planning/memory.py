@@ -18,14 +18,18 @@ BLOCK = 256  # rollout/sampling.py pads the vocabulary to a multiple of it
 # glibc leaves holes between tensors that stay: resident over live bytes of activations on a CPU, as measured (docs/plan.md)
 HOLES = {"full": 1.5, "lora": 1.6}
 PREFILL_TOKENS = 8192  # rollout/decode.py: prompt tokens of one pass
+VLLM_BLOCK = 128  # tokens by which vLLM's cache is divided on a CPU (rollout/vllm_engine.py)
+FIT_TOKENS = 4096  # records.Features.parts: tokens of which a critic's fit holds the features at once
 
 
 @dataclass(frozen=True)
 class Item:
     """One use of memory in one phase."""
 
-    role: str  # base | sft | policy | critic | all
-    purpose: str  # weights | gradients | optimizer | statistics | activations | kv cache | logits | checkpoint copy | gathered layer | file
+    role: str  # base | sft | policy | critic | vllm | all
+    # weights | gradients | optimizer | statistics | activations | kv cache | logits | merged copy | kept states | checkpoint copy
+    # | gathered layer | file | memory taken
+    purpose: str
     bytes: int
     host: bool = False  # in the CPU's memory while the device has its own
 
@@ -50,7 +54,7 @@ class Model:
     cache_elements: int  # of the key-value cache, a token
     state_elements: int  # of recurrent states, a row
     adapter: int  # parameters of one LoRA adapter
-    largest: int  # parameters of the largest single tensor
+    adapted: int  # parameters of the layers that an adapter adapts
     layer: int  # parameters of the largest layer
 
 
@@ -108,8 +112,10 @@ def phases(
     *,
     gpu: bool,
     shards: int = 1,
+    vllm: int = 0,
 ) -> list[Phase]:
-    """The phases of a run in their order. shards: GPUs over which FSDP2 would split weights, gradients and moments (a forecast)."""
+    """The phases of a run in their order. shards: GPUs over which FSDP2 would split weights, gradients and moments (a forecast).
+    vllm: bytes that vLLM takes when it is first asked, for the base's evaluation, and keeps to the end."""
     s, n = settings, model.counts.total
     trained = {"sft": n if s.full else model.adapter, "policy": n if s.full else model.adapter}
     if s.critic == "own":
@@ -124,6 +130,7 @@ def phases(
         return [Item(role, "weights", size)] + ([Item(role, "optimizer", 2 * size)] if stepped else [])
 
     gathered = [Item("all", "gathered layer", 2 * model.layer * BYTES[s.dtype])] if shards > 1 else []
+    beside = [*gathered, *([Item("vllm", "memory taken", vllm)] if vllm else [])]
     cache_each = 2 if gpu and s.autocast != "none" else BYTES[s.dtype]
 
     def update(role: str, name: str) -> list[Item]:
@@ -138,12 +145,16 @@ def phases(
         return [Item(role, "checkpoint copy", 3 * trained[role] * each, host=gpu) for role in roles]
 
     def decoding(role: str, rows: int, distinct: int) -> list[Item]:
+        """Decoding in this process; in vLLM's share, or on a server, it takes no more here."""
+        merged = [Item(role, "merged copy", model.adapted * BYTES[s.dtype])] if s.merges(gpu) else []
+        if s.engine != "torch":
+            return merged
         parts = decoding_peak(model, rows, distinct, lengths, cache_each, passes["prefill"], passes["decode"])
-        return [Item(role, purpose, size) for purpose, size in parts.items()]
+        return merged + [Item(role, purpose, size) for purpose, size in parts.items()]
 
     base = weights("base", frozen)
     out = [Phase("load", (base, *([] if gpu else [Item("base", "file", n * frozen)])))]
-    sft_state = [base, *trainee("sft"), *gathered]
+    sft_state = [base, *trainee("sft"), *beside]
     if s.sft_steps != 0:
         out.append(Phase("sft", (*sft_state, *update("sft", "sft"))))
         if s.sft_saves:
@@ -166,18 +177,18 @@ def phases(
     judged = min(s.evaluation_rows, asked)
     width, fitted = model.counts.width, s.critic == "least_squares"
     sums = 8 * width * width  # float64
-    everyone = (*resting, *learners, *gathered, *([Item("critic", "statistics", sums)] if fitted else []))
+    statistics = [Item("critic", "statistics", sums)] if fitted else []
+    everyone = (*resting, *learners, *beside, *statistics)
     states = kept_states(model, settings, lengths)
     out += [
         Phase("rollout", (*everyone, *decoding("policy", rows, -(-rows // s.samples_per_prompt)))),
-        Phase("scoring", (*scoring, *learners, *gathered, Item("all", "activations", passes["score"].peak), *states)),
+        Phase("scoring", (*scoring, *learners, *beside, *statistics, Item("all", "activations", passes["score"].peak), *states)),
         Phase("policy update", (*everyone, *states, *update("policy", "policy"))),
     ]
     if s.critic == "own":
         out.append(Phase("critic update", (*everyone, *states, *update("critic", "critic"))))
-    if fitted:  # the states at once in float64, a round's sums, the covariance and its factor
-        responses = s.rollouts * lengths.max_response
-        fit = 3 * sums + responses * width * (BYTES[s.dtype] + 8)
+    if fitted:
+        fit = fit_peak(width, min(s.rollouts * lengths.max_response, FIT_TOKENS + lengths.max_response))
         out.append(Phase("critic fit", (*everyone, *states, Item("critic", "activations", fit))))
     kept = [Item("critic", "checkpoint copy", sums, host=gpu)] if fitted else []
     out.append(Phase("ppo checkpoint", (*everyone, *copies(*(r for r in ("policy", "critic") if r in trained)), *kept)))
@@ -186,8 +197,30 @@ def phases(
     return out
 
 
+def fit_peak(width: int, tokens: int) -> int:
+    """Of fitting a critic by least squares, beyond what it keeps: `tokens` features in float32 and float64, and five matrices in float64
+    (the round's sums, the covariance, that with its ridge, two Cholesky factors)."""
+    return 5 * 8 * width * width + tokens * width * (4 + 8)
+
+
 def kept_states(model: Model, settings: Settings, lengths: Lengths) -> list[Item]:
     """Hidden states [tokens, H] of a round that are kept where the lower layers, or the critic's trunk, are run once a rollout."""
-    kinds = (settings.lora_layers is not None) + (settings.critic == "least_squares")
-    size = settings.rollouts * (lengths.max_prompt + lengths.max_response) * model.counts.width * BYTES[settings.dtype]
-    return [Item("all", "kept states", kinds * size)] if kinds else []
+    below = lengths.max_prompt + lengths.max_response if settings.lora_layers is not None else 0
+    features = lengths.max_response if settings.critic == "least_squares" else 0  # of the response alone
+    size = settings.rollouts * (below + features) * model.counts.width * BYTES[settings.dtype]
+    return [Item("all", "kept states", size)] if size else []
+
+
+def vllm_memory(model: Model, settings: Settings, lengths: Lengths, memory: int, *, gpu: bool) -> tuple[int, int]:
+    """What vLLM in this process takes of a device with so much memory, and what it needs at least: its weights and one longest sequence.
+
+    On a GPU it takes its share whole, for weights, keys and values; on a CPU keys and values of all rows, the share at most.
+    """
+    s, columns = settings, lengths.max_prompt + lengths.max_response
+    each = BYTES[s.vllm_dtype if gpu else s.dtype]
+    weights, share = model.counts.total * each, int(s.vllm_share * memory)
+    least = weights + cache_bytes(model, 1, columns, each)
+    if gpu:
+        return share, least
+    blocks = s.rollout_rows * -(-columns // VLLM_BLOCK) + 1
+    return weights + min(share, cache_bytes(model, 1, blocks * VLLM_BLOCK, each)), least

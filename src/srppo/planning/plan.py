@@ -1,19 +1,20 @@
-"""A run's plan: what it needs, phase by phase, on a machine, and what to change where it does not fit."""
+"""A run's plan: what it needs, phase by phase, on a machine."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from srppo.config import RunConfig
+from srppo.errors import ModelError
 from srppo.planning.architecture import Architecture
-from srppo.planning.clock import Times, times
+from srppo.planning.clock import Times, scoring, times
 from srppo.planning.dryrun import Footprint, Pass, footprint
-from srppo.planning.inputs import Lengths, Settings, changed, micro_rows, read_settings
+from srppo.planning.inputs import Lengths, Settings, micro_rows, read_settings
 from srppo.planning.machine import Machine
-from srppo.planning.memory import HOLES, PREFILL_TOKENS, Model, Phase, phases, with_holes
+from srppo.planning.memory import HOLES, PREFILL_TOKENS, Model, Phase, phases, vllm_memory, with_holes
 
 MARGIN = 0.9  # of a device's memory that a run may be planned to fill: the allocator needs room
 
@@ -30,6 +31,8 @@ class Plan:
     phases: list[Phase]
     times: Times
     flops: int  # of a round
+    vllm_needs: int = 0  # bytes without which vLLM in this process does not start
+    vllm_takes: int = 0
 
     @property
     def worst(self) -> Phase:
@@ -45,9 +48,19 @@ class Plan:
         return max(phase.total(host=True) for phase in self.phases)
 
     @property
-    def fits(self) -> bool:
+    def over(self) -> dict[str, int]:
+        """By how many bytes each phase needs more than may be filled ("NAME, CPU": of the memory beside a GPU); "vllm": what vLLM lacks."""
         m = self.machine
-        return self.need <= MARGIN * m.memory and (not m.gpu or m.host_memory is None or self.host_need <= MARGIN * m.host_memory)
+        device, host = int(MARGIN * m.memory), None if not m.gpu or m.host_memory is None else int(MARGIN * m.host_memory)
+        found = {p.name: p.total() + m.libraries - device for p in self.phases}
+        if host is not None:
+            found |= {f"{p.name}, CPU": p.total(host=True) - host for p in self.phases}
+        found["vllm"] = self.vllm_needs - self.vllm_takes
+        return {name: size for name, size in found.items() if size > 0}
+
+    @property
+    def fits(self) -> bool:
+        return not self.over
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -67,14 +80,24 @@ class Plan:
         }
 
 
-def make_plan(config: RunConfig, architecture: Architecture, lengths: Lengths, machine: Machine) -> Plan:
-    """Pure but for the dry runs, which need no memory and a second or two."""
+def make_plan(config: RunConfig, architecture: Architecture, lengths: Lengths, machine: Machine, *, activations: bool = True) -> Plan:
+    """Pure but for the dry runs, which need no memory. Raises ModelError.
+
+    A first plan takes one to three seconds of CPU time whatever the model's size, one whose passes were planned before a few milliseconds.
+    activations False: without dry runs, a lower bound of the memory; its times say nothing.
+    """
     settings = read_settings(config)
+    few = settings.lora_layers
+    if few is not None and few > architecture.layers:
+        raise ModelError(f"tuning.lora_layers is {few}, but {config.model.name} has {architecture.layers} decoder layers")
     model = describe(architecture, settings)
     work, micros = planned_passes(settings, lengths, machine.gpu)
-    done = {name: _cached(architecture, p, settings.lora_layers if p.train else None) for name, p in work.items()}
+    done = dict.fromkeys(work, Footprint())
+    if activations:
+        done = {name: _cached(architecture, p, few if p.train or name == "above" else None) for name, p in work.items()}
     held = done if machine.gpu else {name: with_holes(f, HOLES[config.tuning.kind]) for name, f in done.items()}
-    parts = phases(model, settings, lengths, held, micros, gpu=machine.gpu, shards=machine.count)
+    takes, needs = vllm_memory(model, settings, lengths, machine.memory, gpu=machine.gpu) if settings.engine == "vllm" else (0, 0)
+    parts = phases(model, settings, lengths, held, micros, gpu=machine.gpu, shards=machine.count, vllm=takes)
     tokens = {name: p.rows * p.length for name, p in work.items()}
     clock = times(model, settings, lengths, done, tokens, machine)
     return Plan(
@@ -86,6 +109,8 @@ def make_plan(config: RunConfig, architecture: Architecture, lengths: Lengths, m
         parts,
         clock,
         round_flops(settings, lengths, done, tokens),
+        needs,
+        takes,
     )
 
 
@@ -94,10 +119,9 @@ def round_flops(settings: Settings, lengths: Lengths, done: Mapping[str, Footpri
     s, each = settings, lengths.mean_prompt + lengths.mean_response
     a_token = {name: f.flops / max(1, tokens[name]) for name, f in done.items()}
     rows = s.rollouts * each
-    passes = 2 + s.reward_model + s.recompute + (s.critic == "own")
     trained = a_token["policy"] + (a_token["critic"] if s.critic == "own" else 0.0)
     rollout = s.prompts * lengths.mean_prompt * a_token["prefill"] + s.rollouts * lengths.mean_response * a_token["decode"]
-    return round(rollout + rows * (passes * a_token["score"] + s.epochs * trained))
+    return round(rollout + rows * (scoring(s, a_token.__getitem__) + s.epochs * trained))
 
 
 @functools.lru_cache(maxsize=256)
@@ -106,14 +130,14 @@ def _cached(architecture: Architecture, work: Pass, layers: int | None) -> Footp
 
 
 @functools.lru_cache(maxsize=64)
-def _adapter(architecture: Architecture, rank: int, targets: str | tuple[str, ...], layers: int | None) -> int:
-    return architecture.adapter_parameters(rank, targets, layers)
+def _adapter(architecture: Architecture, rank: int, targets: str | tuple[str, ...], layers: int | None) -> tuple[int, int]:
+    return architecture.adapter_sizes(rank, targets, layers)
 
 
 def describe(architecture: Architecture, settings: Settings) -> Model:
     """The sizes that the formulas need."""
     s = settings
-    adapter = 0 if s.full else _adapter(architecture, s.lora_rank, s.lora_targets, s.lora_layers)
+    adapter, adapted = (0, 0) if s.full else _adapter(architecture, s.lora_rank, s.lora_targets, s.lora_layers)
     counts = architecture.counts
     inner = counts.trunk - counts.embedding
     return Model(
@@ -122,7 +146,7 @@ def describe(architecture: Architecture, settings: Settings) -> Model:
         architecture.cache_elements,
         architecture.state_elements,
         adapter,
-        counts.embedding,
+        adapted,
         max(counts.embedding, inner // architecture.layers),
     )
 
@@ -138,81 +162,20 @@ def planned_passes(settings: Settings, lengths: Lengths, gpu: bool) -> tuple[dic
     sft_rows = micro_rows(lengths.max_demonstration, s.sft_batch, s.sft_micro_tokens)
     taught = max(1, lengths.max_demonstration - min(lengths.max_prompt, lengths.max_demonstration - 1))
     response = lengths.max_response
+    unmerged: dict[str, Any] = {"lora_rank": rank, "lora_targets": s.lora_targets} if s.engine == "torch" and not s.merges(gpu) else {}
     decoded = min(s.rollout_rows, s.rollouts)
     read = max(1, min(-(-decoded // s.samples_per_prompt), PREFILL_TOKENS // lengths.max_prompt))
     out = {
         "score": Pass(scored, longest, response, **common),
         "policy": Pass(rows, longest, response, entropy=s.entropy, **learn, **common),
-        "prefill": Pass(read, lengths.max_prompt, 1, head="last", **common),
-        "decode": Pass(decoded, 1, 1, head="last", **common),
+        "prefill": Pass(read, lengths.max_prompt, 1, head="last", **common, **unmerged),
+        "decode": Pass(decoded, 1, 1, head="last", **common, **unmerged),
     }
+    if s.lora_layers is not None:
+        out["above"] = out["score"]  # of the last layers alone
     if s.sft_steps != 0:
         out["sft"] = Pass(sft_rows, lengths.max_demonstration, taught, **learn, **common)
     if s.critic == "own":
         out["critic"] = Pass(rows, longest, response, head="values", **learn, **common)
     micros = dict.fromkeys(("policy", "critic"), -(-s.minibatch // rows)) | {"sft": -(-s.sft_batch // sft_rows)}
     return out, micros
-
-
-def remedies(config: RunConfig, gpu: bool) -> Iterator[dict[str, Any]]:
-    """Changes that lower memory, those that change nothing but speed first, those that change what is learned last. They add up."""
-    for section in ("ppo", "sft"):
-        value = getattr(config, section).micro_batch_tokens
-        while value > 256:
-            value = max(256, value // 2)
-            yield {f"{section}.micro_batch_tokens": value}
-    for section in ("rollout", "evaluation"):
-        value = getattr(config, section).batch_size
-        while value > 8:
-            value = max(8, value // 2)
-            yield {f"{section}.batch_size": value}
-    if not config.model.gradient_checkpointing:
-        yield {"model.gradient_checkpointing": True}
-    if config.tuning.kind == "full":
-        if (config.model.frozen_dtype or config.model.dtype) == "float32":
-            yield {"model.frozen_dtype": "bfloat16"}
-        if gpu:
-            yield {"model.offload_frozen": True}
-    if config.ppo.baseline == "critic":
-        yield {"tuning.critic": "least_squares"}
-    if config.tuning.kind == "full":
-        yield {"tuning.kind": "lora"}
-    if config.model.dtype == "float32":
-        yield {"model.dtype": "bfloat16"}
-    yield {"tuning.lora_layers": 4}
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """Dotted keys to change, and the plan with them."""
-
-    changes: dict[str, Any]
-    plan: Plan
-
-
-def find_remedy(config: RunConfig, architecture: Architecture, lengths: Lengths, machine: Machine) -> Remedy | None:
-    """The first sum of remedies that fits, less those of them that it can do without; None where all of them together do not fit."""
-    plan = make_plan(config, architecture, lengths, machine)
-    kept: dict[str, Any] = {}
-    for change in remedies(config, machine.gpu):
-        trial = kept | change
-        after = make_plan(changed(config, trial), architecture, lengths, machine)
-        if after.need >= plan.need and after.host_need >= plan.host_need and not _lowers_some(after, plan):
-            continue
-        kept, plan = trial, after
-        if plan.fits:
-            break
-    if not plan.fits:
-        return None
-    for key in reversed(list(kept)):  # an earlier, milder change may have become needless
-        less = {k: v for k, v in kept.items() if k != key}
-        after = make_plan(changed(config, less), architecture, lengths, machine)
-        if less and after.fits:
-            kept, plan = less, after
-    return Remedy(kept, plan)
-
-
-def _lowers_some(after: Plan, before: Plan) -> bool:
-    """Whether some phase needs clearly less: the worst one may be lowered by another change."""
-    names = {p.name: p.total() for p in before.phases}
-    return any(p.name in names and p.total() < 0.98 * names[p.name] for p in after.phases)

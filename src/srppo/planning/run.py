@@ -11,7 +11,8 @@ from srppo.models.load import resolve_device
 from srppo.planning.architecture import read_architecture
 from srppo.planning.lengths import find_lengths
 from srppo.planning.machine import find_machine
-from srppo.planning.plan import Plan, Remedy, find_remedy, make_plan
+from srppo.planning.plan import Plan, make_plan
+from srppo.planning.remedy import Remedy, find_remedy
 from srppo.threads import set_threads
 
 

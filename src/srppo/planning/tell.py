@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from srppo.planning.memory import Phase
-from srppo.planning.plan import MARGIN, Plan, Remedy
+from srppo.planning.plan import MARGIN, Plan
+from srppo.planning.remedy import Remedy
 from srppo.text import duration
 
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "kv cache", "other")
@@ -23,6 +24,11 @@ def verdict(plan: Plan, remedy: Remedy | None) -> list[str]:
     m, worst = plan.machine, plan.worst
     each = "a GPU" if m.count > 1 else ""
     need = f"{size(plan.need)} of {size(m.memory)}{' ' + each if each else ''} at the worst moment ({worst.name})"
+    if plan.vllm_takes < plan.vllm_needs:
+        return [
+            f"DOES NOT FIT: vLLM's share is {size(plan.vllm_takes)}, its weights and one longest sequence take {size(plan.vllm_needs)}: "
+            "raise rollout.memory, or use rollout.engine: torch"
+        ]
     if plan.fits:
         return [f"FITS: {need}."]
     lines = [f"DOES NOT FIT: {need}; {100 * MARGIN:.0f} % of it may be filled."]
