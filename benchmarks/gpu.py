@@ -6,6 +6,9 @@ python -m benchmarks.gpu --device cpu --tiny          # tries the command itself
 First log-probabilities on the device against float32 on the CPU. Then PPO rounds by phase, ours and TRL's, matrix products in bfloat16:
 full tuning at SmolLM2-135M's shape, LoRA at a Llama of 1B's (random weights, which cost the same as learned ones). The update is held
 against the measured peak of bfloat16 products, decoding against the measured memory bandwidth.
+Equal on both sides are weights, prompts, reward, KL coefficient, learning rate, epochs and minibatches, and so responses, their tokens and
+policy steps. Not equal in LoRA is the critic: `PPOTrainer` gives the policy alone an adapter and trains the critic whole, in float32, where
+ours is an adapter too. `equal_work` in the results says of each part what was counted and whether it was equal, as on a CPU.
 Writes benchmarks/results/gpu.json as results come, and docs/results/speed.md. Parts that the minutes do not reach are left out and
 named. Needs trl 1.12.0 (the dev extra).
 """
@@ -111,10 +114,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 …, or cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--minutes", type=float, default=9.0, help="what has not finished by then is left out")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / NAME)
-    parser.add_argument("--results", type=Path, default=results.FOLDER)
+    parser.add_argument("--work", type=results.place, default=ROOT / "runs" / NAME)
+    parser.add_argument("--results", type=results.place, default=results.FOLDER)
     args = parser.parse_args()
-    work, end = args.work.resolve(), time.monotonic() + 60 * args.minutes
+    work, end = args.work, time.monotonic() + 60 * args.minutes
 
     def left() -> float:
         return max(1.0, end - time.monotonic())

@@ -100,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", choices=list(AXES), default=list(AXES))
     parser.add_argument("--updates", type=int, default=3, help="rounds a point, the first of which is not counted")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / NAME)
-    parser.add_argument("--results", type=Path, default=results.FOLDER)
+    parser.add_argument("--work", type=results.place, default=ROOT / "runs" / NAME)
+    parser.add_argument("--results", type=results.place, default=results.FOLDER)
     args = parser.parse_args()
     content: dict[str, Any] = {"shape": BASE.to_dict(), "axes": {}}
     known: dict[Shape, dict[str, Any]] = {}  # the base shape lies on several axes
@@ -110,7 +110,7 @@ def main() -> None:
         points = []
         for x, shape in shapes:
             if shape not in known:
-                known[shape] = measure(shape, max(2, args.updates), args.work.resolve())
+                known[shape] = measure(shape, max(2, args.updates), args.work)
             point = known[shape]
             points.append({"x": x, **point})
             print(f"{name} {x}: {point['cpu_seconds']:.2f} s, {point['memory_mb']:.0f} MiB", flush=True)

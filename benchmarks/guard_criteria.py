@@ -67,14 +67,14 @@ def watch(seed: int, strength: str, beta: float, runs: Path) -> Record:
     summary = align(config, overwrite=folder.exists(), progress=make_progress("quiet"))
     states = folder / "checkpoints/ppo"
     with open_workspace(config, make_progress("quiet"), resume=True) as space:
-        roles, rows = space.loaded.roles, config.ppo.micro_batch_tokens
+        roles, at_once = space.loaded.roles, config.ppo.micro_batch_tokens
         roles.load("sft", folder / "sft")
         roles.create("policy", "sft")
         demonstrations = watched(space.loaded.demonstrations.heldout, roles, config)
-        said = [tokens(roles, "sft", demonstrations, rows)]
+        said = [tokens(roles, "sft", demonstrations, at_once)]
         for step in saved_steps(states):
             roles.load_state("policy", load_checkpoint(states, step).tensors["policy"])
-            said.append(tokens(roles, "policy", demonstrations, rows))
+            said.append(tokens(roles, "policy", demonstrations, at_once))
     middle = {r["iteration"]: r for r in read_lines(folder / "metrics.jsonl") if r.get("stage") == "ppo" and "iteration" in r}
     accuracy = [{g: summary["sft"][g]["sampled"] for g in GROUPS}]
     accuracy += [{g: middle[i][f"eval/{g}/sampled"] for g in GROUPS} for i in range(EVERY, ROUNDS, EVERY)]
@@ -82,9 +82,9 @@ def watch(seed: int, strength: str, beta: float, runs: Path) -> Record:
     return [{"accuracy": a, "demonstrations": d} for a, d in zip(accuracy, said, strict=True)]
 
 
-def tokens(roles: Roles, role: str, demonstrations: Rollout, rows: int) -> list[list[float]]:
-    """Log-probabilities of each demonstration's tokens."""
-    return [row[mask].tolist() for row, mask in zip(role_logprobs(roles, role, demonstrations, rows), demonstrations.mask)]
+def tokens(roles: Roles, role: str, demonstrations: Rollout, at_once: int) -> list[list[float]]:
+    """Log-probabilities of each demonstration's tokens. at_once: tokens in memory at once."""
+    return [row[mask].tolist() for row, mask in zip(role_logprobs(roles, role, demonstrations, at_once), demonstrations.mask)]
 
 
 def real(folder: Path) -> dict[str, Any]:
@@ -93,8 +93,8 @@ def real(folder: Path) -> dict[str, Any]:
         roles, config = space.loaded.roles, space.config
         roles.load("sft", folder / "sft")
         roles.load("policy", folder / "policy")
-        demonstrations, rows = watched(space.loaded.demonstrations.heldout, roles, config), config.ppo.micro_batch_tokens
-        looks = {role: {"demonstrations": tokens(roles, role, demonstrations, rows)} for role in ("sft", "policy")}
+        demonstrations, at_once = watched(space.loaded.demonstrations.heldout, roles, config), config.ppo.micro_batch_tokens
+        looks = {role: {"demonstrations": tokens(roles, role, demonstrations, at_once)} for role in ("sft", "policy")}
     gain = json.loads((folder / "summary.json").read_text())["srppo_gain"]["sft"]
     changes = {name: float((f(looks["policy"]) - f(looks["sft"])).mean()) for name, f in CRITERIA.items()}
     return {"run": folder.name, "changes": changes, "gain": {g: gain[g]["gain"] for g in GROUPS}}

@@ -76,13 +76,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[500, 501, 502])
     parser.add_argument("--rounds", type=int, default=40, help="at most")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / NAME)
-    parser.add_argument("--results", type=Path, default=results.FOLDER)
+    parser.add_argument("--work", type=results.place, default=ROOT / "runs" / NAME)
+    parser.add_argument("--results", type=results.place, default=results.FOLDER)
     args = parser.parse_args()
     rows = []
     for seed in args.seeds:
         load = results.load_average()
-        rows.append({"load_average_before": load, **race(seed, args.rounds, args.work.resolve())})
+        rows.append({"load_average_before": load, **race(seed, args.rounds, args.work)})
         results.write(NAME, {"gain": GAIN, "every": EVERY, "summary": summary(rows), "rows": rows}, {"trl": "1.12.0"}, args.results)
     results.write_page(args.results)
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks import growth, lab_race
-from benchmarks.race import compare, memory, results
+from benchmarks import busy_threads, growth, lab_race
+from benchmarks.race import compare, memory, results, sides
 from benchmarks.race.floor import Flops, adapter_flops, generation, round_flops, scoring, seconds, training
 from benchmarks.race.materials import prompt_ids, prompt_text, word_tokenizer
 from benchmarks.race.page import speed_page
@@ -231,6 +231,40 @@ def test_the_page_says_what_is_met() -> None:
     better = copy.deepcopy(found())
     better["race_trl_ppo"]["rows"][0]["speed_ratio"] = 2.5
     assert "| default, 5 M shape, lora: times as fast as TRL's PPO | ≥ 2.5 | 2.50 | yes |" in speed_page(better)
+
+
+def test_the_page_says_what_was_equal_on_a_gpu() -> None:
+    shown = found()
+    assert "Equal work, as told" not in speed_page(shown)  # one side failed
+    row = shown["gpu"]["rows"][0]
+    row["equal_work"] = shown["race_trl_ppo"]["rows"][0]["equal_work"] | {"equal": False, "responses": [8, 8], "policy_steps": [6, 6]}
+    row["tuning"] = "lora"
+    assert "SmolLM2-135M lora: all but the critic, which TRL trains whole." in speed_page(shown)
+    row["equal_work"]["policy_steps"] = [6, 5]
+    assert "SmolLM2-135M lora: **no**." in speed_page(shown)
+
+
+def test_results_lie_where_the_command_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["race", "--results", "there", "--work", "work"])
+    args = sides.options(None, "race")
+    assert (args.results, args.work) == (tmp_path / "there", tmp_path / "work")
+    monkeypatch.chdir(results.ROOT)
+    monkeypatch.setattr("sys.argv", ["race", "--results", "benchmarks/results"])
+    assert results.page_of(sides.options(None, "race").results) == results.PAGE
+
+
+def test_busy_threads_keeps_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"steps_per_second": 3.94, "cpu_over_wall": 0.5, "waited_share": None, "others_cores": 0.25, "warns": True}
+    monkeypatch.setattr(busy_threads, "measure", lambda threads, seconds: {"threads": threads, **figures})
+    monkeypatch.setattr(busy_threads, "overhead", lambda: 200.0)
+    monkeypatch.setattr("sys.argv", ["busy_threads", "--rivals", "0", "--results", str(tmp_path)])
+    busy_threads.main()
+    assert "| 0 | 2 | 3.9 | 0.50 | – | 0.25 | warns |" in capsys.readouterr().out
+    kept = results.read("busy_threads", tmp_path)
+    assert kept is not None and {"date", "environment", "before"} < kept.keys()
+    assert kept["phase_microseconds"] == 200.0 and [row["threads"] for row in kept["rows"]] == [1, 2]
+    assert kept["rows"][0] == {"rivals": 0, "threads": 1, **figures}
 
 
 def test_the_page_stands_without_results() -> None:

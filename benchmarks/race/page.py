@@ -261,6 +261,9 @@ def gpu(result: Result) -> list[str]:
         for side in ("ours", "peer"):
             start = f"| {row['shape']['name']} | {row['tuning']} |"
             lines.append(f"{start} {_device_row(row[side]) if side in row else _absent(row, side)} |")
+    equal = [f"{row['shape']['name']} {row['tuning']}: {_equal(row)}" for row in result["rows"] if "equal_work" in row]
+    if equal:
+        lines += ["", f"Equal work, as told above the first race: {'; '.join(equal)}."]
     return [*lines, "", _where(result, [])]
 
 

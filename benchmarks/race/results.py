@@ -17,6 +17,11 @@ FOLDER = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results" / "speed.md"
 
 
+def place(text: str) -> Path:
+    """A folder named on a command line, as it lies now: what a benchmark starts may run elsewhere."""
+    return Path(text).resolve()
+
+
 def rounded(value: Any, digits: int = 5) -> Any:
     """Numbers to so many significant digits, in lists and mappings too."""
     if isinstance(value, float):

@@ -35,10 +35,9 @@ def options(description: str | None, name: str) -> argparse.Namespace:
     parser.add_argument("--updates", type=int, help="rounds a process, the first of which is not counted")
     parser.add_argument("--turns", type=int, default=2, help="processes of each side")
     parser.add_argument("--quick", action="store_true", help="one turn of two rounds")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / name)
-    parser.add_argument("--results", type=Path, default=results.FOLDER)
+    parser.add_argument("--work", type=results.place, default=ROOT / "runs" / name)
+    parser.add_argument("--results", type=results.place, default=results.FOLDER)
     args = parser.parse_args()
-    args.work = args.work.resolve()
     if args.updates is not None and args.updates < 2:
         parser.error("--updates needs 2 or more: the first round of a process is not counted")
     return args
