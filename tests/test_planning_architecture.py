@@ -82,10 +82,25 @@ def test_two_short_runs_tell_of_the_whole(settings: dict[str, object]) -> None:
     far, whole = footprint(llama(7), work), footprint(llama(7), work, layers=7)
     from srppo.planning import dryrun
 
-    direct = dryrun._run(llama(7).config, work)
+    direct = dryrun._run(llama(7), 7, work)
     assert far == whole
     assert (far.kept, far.head, far.embedding, far.flops) == (direct.kept, direct.head, direct.embedding, direct.flops)
     assert abs(far.peak - direct.peak) <= 0.01 * direct.peak
+
+
+def test_a_pass_leaves_the_short_models_as_they_were() -> None:
+    """They are kept for the next pass: each against models that nothing has used."""
+    changes: list[dict[str, Any]] = [
+        {"train": True, "checkpointing": True},
+        {"train": True},
+        {},
+        {"head": "last"},
+        {"train": True, "head": "values"},
+    ]
+    passes = [Pass(2, 24, 8, **(change | lora)) for change in changes for lora in ({}, {"lora_rank": 4})]
+    used = llama(4)
+    for work in [*passes, *reversed(passes)]:
+        assert footprint(used, work) == footprint(llama(4), work), work
 
 
 def test_kept_activations_are_what_autograd_saves() -> None:

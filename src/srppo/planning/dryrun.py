@@ -6,6 +6,7 @@ model and of our own log-probabilities run on them; a dispatch mode counts each 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -167,8 +168,8 @@ def footprint(architecture: Architecture, work: Pass, layers: int | None = None)
     period = architecture.period
     few = max(2, period)
     if wanted <= few + period:
-        return _run(architecture.shortened(wanted), work)
-    one, two = (_run(architecture.shortened(n), work) for n in (few, few + period))
+        return _run(architecture, wanted, work)
+    one, two = (_run(architecture, n, work) for n in (few, few + period))
     return extrapolate(one, two, (wanted - few) / period)
 
 
@@ -184,21 +185,15 @@ def extrapolate(one: Footprint, two: Footprint, periods: float) -> Footprint:
     return Footprint(**parts, embedding=max(one.embedding, two.embedding), operations=+counts)
 
 
-def _run(config: Any, work: Pass) -> Footprint:
-    """One pass of a model made from a configuration, on fake tensors."""
-    with torch.device("meta"):
-        model = Architecture.build(config, work.dtype)
-        if work.lora_rank is not None:
-            model = with_adapters(model, work.lora_rank, work.lora_targets)
-    with FakeTensorMode(allow_non_fake_inputs=True), quiet(), prepared():
-        model.to_empty(device="cpu")
-        model.tie_weights()
+def _run(architecture: Architecture, layers: int, work: Pass) -> Footprint:
+    """One pass of the model's first layers, on fake tensors."""
+    again = work.checkpointing and work.train
+    model = _model(architecture, layers, work.dtype, work.lora_rank, work.lora_targets, again)
+    with _fake(), quiet(), prepared():
         model.requires_grad_(work.train if work.lora_rank is None else False)
         if work.lora_rank is not None and work.train:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
-        if work.checkpointing and work.train:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         model.train(work.train)
         head = nn.Linear(architecture_width(model), 1)
         trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
@@ -206,6 +201,28 @@ def _run(config: Any, work: Pass) -> Footprint:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
         return _measure(model, head, work, [p.grad for p in trained if p.grad is not None])
+
+
+@functools.cache
+def _fake() -> FakeTensorMode:
+    """The one mode whose tensors meet in a dry run, as models outlive it."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _model(architecture: Architecture, layers: int, dtype: str, rank: int | None, targets: str | tuple[str, ...], again: bool) -> Any:
+    """A short model on fake tensors, kept: making one takes as long as a pass through it. again: with gradient checkpointing, which
+    is not switched off without a trace."""
+    with torch.device("meta"):
+        model = Architecture.build(architecture.shortened(layers), dtype)
+        if rank is not None:
+            model = with_adapters(model, rank, targets)
+    with _fake(), quiet():
+        model.to_empty(device="cpu")
+        model.tie_weights()
+    if again:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    return model
 
 
 @contextmanager
@@ -238,10 +255,10 @@ def _measure(model: Any, value_head: nn.Linear, work: Pass, gradients: list[Tens
     ledger.know(iter([*model.parameters(), *model.buffers(), *value_head.parameters(), *gradients, ids, places]))
     down: list[int] = []
     # the trunk's backward pass is over where the gradient of the embedding's output is there
-    model.get_input_embeddings().register_forward_hook(
+    watched = model.get_input_embeddings().register_forward_hook(
         lambda *a: a[-1].register_hook(lambda _: down.append(ledger.mark())) and None if a[-1].requires_grad else None
     )
-    with ledger, torch.set_grad_enabled(work.train), autocasting(ids.device, work.autocast):
+    with watched, ledger, torch.set_grad_enabled(work.train), autocasting(ids.device, work.autocast):
         states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         kept, forward = ledger.now, ledger.mark()
         chosen = states[:, :1] if work.head == "last" else states[:, max(first, 0) : max(first, 0) + work.targets]

@@ -70,7 +70,7 @@ def find_remedy(config: RunConfig, architecture: Architecture, lengths: Lengths,
     """The first sum of remedies that fits, less those of them that it can do without; None where all of them together do not fit.
 
     First by what is held in any case, which needs no dry run: while weights alone do not fit, nobody need know the activations.
-    2 to 11 s of CPU time for a Llama of 8B (docs/plan.md), nearly all of it dry runs.
+    2 to 7 s of CPU time for a Llama of 8B (docs/plan.md), nearly all of it dry runs.
     """
 
     def bound(changes: Changes) -> Plan:
