@@ -19,6 +19,7 @@ from srppo.planning.inputs import Lengths, read_settings
 from srppo.planning.machine import Machine
 from srppo.planning.memory import Phase, fit_peak, vllm_memory
 from srppo.planning.plan import Plan, describe, make_plan
+from srppo.planning.remedy import Remedy
 from srppo.planning.tell import verdict
 from srppo.records import Features, Rollout
 from srppo.rollout.engine import Sampling
@@ -94,7 +95,8 @@ def test_vllm_needs_its_weights_and_a_sequence(tmp_path: Path) -> None:
     assert (enough.vllm_needs, "vllm" in enough.over) == (least, False)
     tight = plan_of(config, replace(GPU, memory=int(least / 0.3) - 4))
     assert "vllm" in tight.over and not tight.fits
-    assert "raise rollout.memory" in verdict(tight, None)[0]
+    assert "raise rollout.memory" in verdict(tight, None)[0] and "vllm" in tight.to_dict()["over_bytes"]
+    assert "With these settings it does" in verdict(tight, Remedy({"rollout.engine": "torch"}, enough))[1]
 
 
 def test_vllm_on_a_cpu_takes_weights_and_the_cache_it_asks_for(tmp_path: Path) -> None:

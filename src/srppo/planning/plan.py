@@ -68,6 +68,7 @@ class Plan:
             "parameters": self.parameters,
             "adapter_parameters": self.adapter,
             "fits": self.fits,
+            "over_bytes": self.over,
             "peak_bytes": self.need,
             "peak_phase": self.worst.name,
             "host_peak_bytes": self.host_need if self.machine.gpu else None,

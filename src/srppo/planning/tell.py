@@ -24,17 +24,17 @@ def verdict(plan: Plan, remedy: Remedy | None) -> list[str]:
     m, worst = plan.machine, plan.worst
     each = "a GPU" if m.count > 1 else ""
     need = f"{size(plan.need)} of {size(m.memory)}{' ' + each if each else ''} at the worst moment ({worst.name})"
-    if plan.vllm_takes < plan.vllm_needs:
-        return [
-            f"DOES NOT FIT: vLLM's share is {size(plan.vllm_takes)}, its weights and one longest sequence take {size(plan.vllm_needs)}: "
-            "raise rollout.memory, or use rollout.engine: torch"
-        ]
     if plan.fits:
         return [f"FITS: {need}."]
     lines = [f"DOES NOT FIT: {need}; {100 * MARGIN:.0f} % of it may be filled."]
     if m.gpu and m.host_memory is not None and plan.host_need > MARGIN * m.host_memory:
         lines = [
             f"DOES NOT FIT: the CPU's memory: {size(plan.host_need)} of {size(m.host_memory)}, for checkpoints and what is off-loaded."
+        ]
+    if "vllm" in plan.over:
+        lines = [
+            f"DOES NOT FIT: vLLM's share is {size(plan.vllm_takes)}, its weights and one longest sequence take {size(plan.vllm_needs)}: "
+            "raise rollout.memory, or use rollout.engine: torch."
         ]
     if remedy is None:
         return [*lines, "Nothing that srppo can change makes it fit: take a smaller model, shorter responses, or a larger machine."]
