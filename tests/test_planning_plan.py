@@ -107,7 +107,9 @@ def test_a_fitted_critic_has_no_trunk_but_the_sums_of_its_fit(folder: Path) -> N
     update = next(p for p in found if p.name == "policy update")
     assert "critic update" not in {p.name for p in found}
     assert sum(i.bytes for i in update.items if i.role == "critic") == 8 * 32 * 32
-    assert sums(update, "kept states") == settings.rollouts * 24 * 32 * 4  # of response tokens
+    fit = next(p for p in found if p.name == "critic fit")
+    assert sums(fit, "kept states") == settings.rollouts * 24 * 32 * 4  # of response tokens, let go before the update
+    assert sums(update, "kept states") == 0 and [p.name for p in found].index("critic fit") < [p.name for p in found].index("policy update")
 
 
 def test_first_micro_batch_makes_gradients_while_activations_go() -> None:

@@ -179,17 +179,17 @@ def phases(
     sums = 8 * width * width  # float64
     statistics = [Item("critic", "statistics", sums)] if fitted else []
     everyone = (*resting, *learners, *beside, *statistics)
-    states = kept_states(model, settings, lengths)
+    prefixes, states = kept_states(model, settings, lengths)
     out += [
         Phase("rollout", (*everyone, *decoding("policy", rows, -(-rows // s.samples_per_prompt)))),
-        Phase("scoring", (*scoring, *learners, *beside, *statistics, Item("all", "activations", passes["score"].peak), *states)),
-        Phase("policy update", (*everyone, *states, *update("policy", "policy"))),
+        Phase("scoring", (*scoring, *learners, *beside, *statistics, Item("all", "activations", passes["score"].peak), *prefixes, *states)),
     ]
-    if s.critic == "own":
-        out.append(Phase("critic update", (*everyone, *states, *update("critic", "critic"))))
-    if fitted:
+    if fitted:  # before the update, which then has room
         fit = fit_peak(width, min(s.rollouts * lengths.max_response, FIT_TOKENS + lengths.max_response))
-        out.append(Phase("critic fit", (*everyone, *states, Item("critic", "activations", fit))))
+        out.append(Phase("critic fit", (*everyone, *prefixes, *states, Item("critic", "activations", fit))))
+    out.append(Phase("policy update", (*everyone, *prefixes, *update("policy", "policy"))))
+    if s.critic == "own":
+        out.append(Phase("critic update", (*everyone, *prefixes, *update("critic", "critic"))))
     kept = [Item("critic", "checkpoint copy", sums, host=gpu)] if fitted else []
     out.append(Phase("ppo checkpoint", (*everyone, *copies(*(r for r in ("policy", "critic") if r in trained)), *kept)))
     idle = tuple(i for i in everyone if i.purpose != "optimizer")
@@ -203,12 +203,14 @@ def fit_peak(width: int, tokens: int) -> int:
     return 5 * 8 * width * width + tokens * width * (4 + 8)
 
 
-def kept_states(model: Model, settings: Settings, lengths: Lengths) -> list[Item]:
-    """Hidden states [tokens, H] of a round that are kept where the lower layers, or the critic's trunk, are run once a rollout."""
+def kept_states(model: Model, settings: Settings, lengths: Lengths) -> tuple[list[Item], list[Item]]:
+    """Hidden states [tokens, H] of a round that are kept: of whole rows where the lower layers are run once a rollout, and those of the
+    responses that a fitted critic reads."""
     below = lengths.max_prompt + lengths.max_response if settings.lora_layers is not None else 0
-    features = lengths.max_response if settings.critic == "least_squares" else 0  # of the response alone
-    size = settings.rollouts * (below + features) * model.counts.width * BYTES[settings.dtype]
-    return [Item("all", "kept states", size)] if size else []
+    read = lengths.max_response if settings.critic == "least_squares" else 0
+    each = settings.rollouts * model.counts.width * BYTES[settings.dtype]
+    prefixes, states = ([Item("all", "kept states", tokens * each)] if tokens else [] for tokens in (below, read))
+    return prefixes, states
 
 
 def vllm_memory(model: Model, settings: Settings, lengths: Lengths, memory: int, *, gpu: bool) -> tuple[int, int]:
