@@ -29,7 +29,8 @@ TOLERANCE = 0.15
 SMALL = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
 SMOL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4}  # SmolLM2-135M with 4 of its 30 layers
 SHORT, LONG = (24, 24), (32, 96)  # tokens of prompt and response
-LORA, AGAIN = {"tuning.kind": "lora"}, {"model.gradient_checkpointing": True}
+LORA, AGAIN = {"tuning.kind": "lora", "tuning.critic": "own"}, {"model.gradient_checkpointing": True}
+FITTED = {"tuning.critic": "least_squares"}
 CASES: dict[str, dict[str, Any]] = {
     "small vocabulary, full, short": {"shape": SMALL, "lengths": SHORT},
     "small vocabulary, full, long": {"shape": SMALL, "lengths": LONG},
@@ -39,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "49k vocabulary, lora, short": {"shape": SMOL, "lengths": SHORT, **LORA},
     "49k vocabulary, lora, long": {"shape": SMOL, "lengths": LONG, **LORA},
     "49k vocabulary, lora, long, checkpointing": {"shape": SMOL, "lengths": LONG, **LORA, **AGAIN},
+    "49k vocabulary, lora, long, fitted critic": {"shape": SMOL, "lengths": LONG, **LORA, **FITTED},
+    "small vocabulary, full, long, fitted critic": {"shape": SMALL, "lengths": LONG, **FITTED},
 }
 
 

@@ -13,7 +13,7 @@ SPEED = {("default", "full"): 1.6, ("smollm2", "full"): 2.0, ("default", "lora")
 MEMORY = {"full": 1 / 2, "lora": 1 / 3}
 FLOOR = 1.25
 GPU_SPEED, GPU_MFU, GPU_DECODE = 5.0, 0.45, 0.5
-OPTIONS = {"compile": ("`model.compile: true`", "yes"), "least_squares": ("`tuning.critic: least_squares`", "no critic trunk to train")}
+OPTIONS = {"compile": ("`model.compile: true`", None), "least_squares": ("`tuning.critic: least_squares`", "no critic trunk to train")}
 SHAPE_NAMES = {"default": "default, 5 M", "smollm2": "SmolLM2-135M's", "tiny": "tiny"}
 INTRODUCTION = """\
 # Speed and memory
@@ -124,7 +124,7 @@ def race(result: Result) -> list[str]:
             lines.append(f"{start} | {_against(peer, row['ours'], peer)} | TRL at its thriftiest |")
         for option, own in _options(row):
             mine = f"| {SHAPE_NAMES[row['name']]} | {row['tuning']}, {OPTIONS[option][0]} | {own['seconds']:.2f}"
-            lines.append(f"{mine} | {_against(own, own, row['peer'])} | {OPTIONS[option][1]} |")
+            lines.append(f"{mine} | {_against(own, own, row['peer'])} | {OPTIONS[option][1] or _equal(row)} |")
     lines += [
         "",
         "By phase, seconds of a round, ours / TRL, and the floor of ours:",

@@ -69,9 +69,14 @@ def kept_rows(
     keys: what names a row; taken: those values of the rows that this run measures.
     """
     old = read(name, folder)
-    if old is None or old["environment"] != json.loads(json.dumps(rounded(machine(packages)))):
+    if old is None or _lasting(old["environment"]) != _lasting(json.loads(json.dumps(rounded(machine(packages))))):
         return []
     return [row for row in old["rows"] if [row[k] for k in keys] not in [list(t) for t in taken]]
+
+
+def _lasting(environment: dict[str, Any]) -> dict[str, Any]:
+    """What two runs must share: all but the thread count, which is told only once torch is loaded."""
+    return environment | {"hardware": {k: v for k, v in environment["hardware"].items() if k != "threads"}}
 
 
 def page_of(folder: Path) -> Path:

@@ -16,7 +16,8 @@ from srppo.planning.inputs import BYTES, Lengths, Settings
 ROOM = 64  # columns by which rollout/cache.py lets a layer's buffers grow
 BLOCK = 256  # rollout/sampling.py pads the vocabulary to a multiple of it
 # glibc leaves holes between tensors that stay: resident over live bytes of activations on a CPU, as measured (docs/plan.md)
-HOLES = {"full": 1.5, "lora": 1.6}
+HOLES = {"full": 1.4, "lora": 1.6}
+HOLES_CHECKPOINTING = 2.3  # where a layer's activations are made and let go again and again
 PREFILL_TOKENS = 8192  # rollout/decode.py: prompt tokens of one pass
 VLLM_BLOCK = 128  # tokens by which vLLM's cache is divided on a CPU (rollout/vllm_engine.py)
 FIT_TOKENS = 4096  # records.Features.parts: tokens of which a critic's fit holds the features at once

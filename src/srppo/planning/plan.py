@@ -14,7 +14,7 @@ from srppo.planning.clock import Times, scoring, times
 from srppo.planning.dryrun import Footprint, Pass, footprint
 from srppo.planning.inputs import Lengths, Settings, micro_rows, read_settings
 from srppo.planning.machine import Machine
-from srppo.planning.memory import HOLES, PREFILL_TOKENS, Model, Phase, phases, vllm_memory, with_holes
+from srppo.planning.memory import HOLES, HOLES_CHECKPOINTING, PREFILL_TOKENS, Model, Phase, phases, vllm_memory, with_holes
 
 MARGIN = 0.9  # of a device's memory that a run may be planned to fill: the allocator needs room
 
@@ -96,7 +96,9 @@ def make_plan(config: RunConfig, architecture: Architecture, lengths: Lengths, m
     done = dict.fromkeys(work, Footprint())
     if activations:
         done = {name: _cached(architecture, p, few if p.train or name == "above" else None) for name, p in work.items()}
-    held = done if machine.gpu else {name: with_holes(f, HOLES[config.tuning.kind]) for name, f in done.items()}
+    holes = HOLES[config.tuning.kind]
+    factors = {name: HOLES_CHECKPOINTING if p.checkpointing else holes for name, p in work.items()}
+    held = done if machine.gpu else {name: with_holes(f, factors[name]) for name, f in done.items()}
     takes, needs = vllm_memory(model, settings, lengths, machine.memory, gpu=machine.gpu) if settings.engine == "vllm" else (0, 0)
     parts = phases(model, settings, lengths, held, micros, gpu=machine.gpu, shards=machine.count, vllm=takes)
     tokens = {name: p.rows * p.length for name, p in work.items()}
