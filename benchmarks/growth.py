@@ -90,6 +90,10 @@ def draw(content: dict[str, Any], path: Path) -> None:
             panel.set_title(f"{name}: exponent {fit['exponent']:.2f} ± {fit['standard_error']:.2f}", fontsize=9)
             panel.set_xlabel(axis["title"], fontsize=8)
             panel.set_ylabel(unit if column == 0 else "", fontsize=8)
+            panel.set_xticks(x, [f"{value / 1e6:.3g} M" if value >= 1e5 else f"{value:g}" for value in x])
+            measured = [point[key] for point in axis["points"]]
+            panel.set_yticks(measured, [f"{value:.3g}" for value in measured])
+            panel.minorticks_off()
             panel.tick_params(labelsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
