@@ -280,5 +280,5 @@ def test_rows_of_another_machine_are_not_kept(tmp_path: Path, monkeypatch: pytes
     kept = results.kept_rows("race", ("name", "tuning"), [("default", "full")], packages, tmp_path)
     assert kept == [{"name": "default", "tuning": "lora"}]
     assert not results.kept_rows("race", ("name", "tuning"), [], {"trl": "9"}, tmp_path)
-    monkeypatch.setattr(results, "environment", lambda: {"packages": {}, "hardware": "another"})
+    monkeypatch.setattr(results, "environment", lambda: {"packages": {}, "hardware": {"cpu": "another"}})
     assert not results.kept_rows("race", ("name", "tuning"), [], packages, tmp_path)

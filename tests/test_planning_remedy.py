@@ -70,7 +70,7 @@ def test_the_change_that_saves_what_is_too_much(key: str, value: Any, more: dict
 
 
 def test_a_fitted_critic_is_not_proposed_where_its_sums_outweigh_an_adapter(tmp_path: Path) -> None:
-    config = tiny_job(tmp_path, kind="lora", tuning__lora_rank=1, **LEAST)
+    config = tiny_job(tmp_path, kind="lora", tuning__lora_rank=1, ppo__prompts_per_iteration=400, **LEAST)
     assert {"tuning.critic": "least_squares"} in list(remedies(config, True, 2))
     assert plan_of(changed(config, {"tuning.critic": "least_squares"})).need > plan_of(config).need
     found = remedy_with(config, round(0.97 * plan_of(config).need))

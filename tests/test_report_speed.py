@@ -159,7 +159,7 @@ def test_nothing_is_said_where_nothing_is_off() -> None:
             seconds(rollout=91.0),
             "Rollouts take 60 % of PPO's time, and rollout.batch_size decodes 32 of a round's 128",
         ),
-        (seconds(critic=34.0), seconds(critic=36.0), "The critic's steps take 36 % of PPO's time: ppo.baseline: group"),
+        (seconds(critic=34.0), seconds(critic=36.0), "The critic's steps take 36 % of PPO's time: tuning.critic: least_squares"),
         (seconds(evaluate=21.0, guard=21.0), seconds(evaluate=24.0, guard=22.0), "a larger evaluation.every (now 5)"),
         (seconds(guard=42.0), seconds(guard=44.0), "a larger guard.every (now 2)"),
         (

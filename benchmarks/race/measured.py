@@ -24,13 +24,13 @@ class Measured:
             torch.cuda.reset_peak_memory_stats()
         self.before, self.steps = memory.resident(), StepCount()
 
-    def answer(self, said: Mapping[str, Any], peak: float) -> None:
-        """Write the side's answer where it was asked for. peak: MiB, while rounds ran."""
+    def answer(self, said: Mapping[str, Any], peak: float, gpu_peak: float | None = None) -> None:
+        """Write the side's answer where it was asked for. peak, gpu_peak: MiB, while rounds ran; the GPU's is PyTorch's if not given."""
         out = {**said, **self.steps.remove(), "rss_before_mb": self.before, "rss_peak_mb": peak}
         if self.job.device != "cpu":
             import torch
 
-            out["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+            out["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20 if gpu_peak is None else gpu_peak
         Path(sys.argv[2]).write_text(json.dumps(out))
 
 

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.race import memory
 from benchmarks.race.job import KL_COEF, LAMBDA, LEARNING_RATE, Clock, Job
 from benchmarks.race.measured import Measured
 from benchmarks.race.shapes import SHAPES, Shape
+
+from srppo.profiling.memory import resident
 
 OPTIONS: dict[str, dict[str, Any]] = {  # of ours, by the name that follows the tuning in Job.tuning
     "": {},
@@ -89,8 +90,10 @@ def recipe(shape: Shape, tuning: str, materials: Path, output: Path, updates: in
 class TimedProgress:
     """Says nothing; marks the clock when the PPO rounds begin and after each."""
 
-    def __init__(self, clock: Clock):
-        self.clock, self.peak, self.warnings = clock, 0.0, list[str]()
+    def __init__(self, clock: Clock, device: str = "cpu"):
+        self.clock, self.warnings = clock, list[str]()
+        self.device, self.peak = device, 0.0
+        self.gpu_peak: float | None = None  # MiB, as the other
 
     @contextlib.contextmanager
     def stage(self, title: str, total: int, unit: str, start: int = 0) -> Iterator[Any]:
@@ -101,11 +104,21 @@ class TimedProgress:
             def advance(self, done: int, **metrics: float) -> None:
                 if timed:
                     progress.clock.mark()
-                    progress.peak = memory.peak()
+                    progress.look()
 
         if timed:
             self.clock.mark()
         yield Ticks()
+
+    def look(self) -> None:
+        """Note the peaks so far."""
+        import torch
+
+        from srppo.profiling.memory import of_device
+
+        self.peak = resident().so_far()[""]
+        if self.device != "cpu":
+            self.gpu_peak = of_device(torch.device(self.device)).so_far()[""]
 
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None:
@@ -120,9 +133,20 @@ def align_once(values: dict[str, Any]) -> TimedProgress:
     from srppo.job import run_ppo
 
     shutil.rmtree(values["output"], ignore_errors=True)
-    progress = TimedProgress(Clock())
+    progress = TimedProgress(Clock(), values["model"]["device"])
     run_ppo(build(values), progress=progress)
     return progress
+
+
+def forget_peaks(device: str) -> None:
+    """Let the peaks that srppo remembers begin anew: its phases reset the system's own, so only srppo knows a whole run's."""
+    import torch
+
+    from srppo.profiling.memory import of_device
+
+    for peaks in {resident(), of_device(torch.device(device))}:
+        peaks.so_far()
+        peaks.highest.clear()
 
 
 def main() -> None:
@@ -131,6 +155,7 @@ def main() -> None:
     tiny = SHAPES["tiny"].changed(samples=min(2, job.shape.samples))
     align_once(recipe(tiny, job.tuning, Path(job.warmup), work / "warmup", 1, job))
     measured = Measured(job)
+    forget_peaks(job.device)
     output = work / "run"
     progress = align_once(recipe(job.shape, job.tuning, Path(job.materials), output, job.updates, job))
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -144,10 +169,10 @@ def main() -> None:
         "kl": [row["objective/kl"] for row in rounds],
         "responses": [job.shape.batch] * len(rounds),
         "response_tokens": [round(row["completions/mean_length"] * job.shape.batch) for row in rounds],
-        "rss_peak_with_saving_mb": memory.peak(),
+        "rss_peak_with_saving_mb": resident().so_far()[""],
         "warnings": progress.warnings,
     }
-    measured.answer(answer, progress.peak)
+    measured.answer(answer, progress.peak, progress.gpu_peak)
 
 
 if __name__ == "__main__":
