@@ -29,7 +29,7 @@ TOLERANCE = 0.15
 SMALL = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
 SMOL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4}  # SmolLM2-135M with 4 of its 30 layers
 SHORT, LONG = (24, 24), (32, 96)  # tokens of prompt and response
-LORA, AGAIN = {"tuning.kind": "lora", "tuning.critic": "own"}, {"model.gradient_checkpointing": True}
+LORA, AGAIN = {"tuning.kind": "lora"}, {"model.gradient_checkpointing": True}
 FITTED = {"tuning.critic": "least_squares"}
 CASES: dict[str, dict[str, Any]] = {
     "small vocabulary, full, short": {"shape": SMALL, "lengths": SHORT},

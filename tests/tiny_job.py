@@ -31,7 +31,7 @@ def tiny_job(folder: Path, architecture: str = "llama", kind: str = "full", **ch
         "output": str(folder / "run"),
         "threads": 1,
         "model": {"name": str(model)},
-        "tuning": {"kind": kind, "lora_rank": 4, "critic": "own"},
+        "tuning": {"kind": kind, "lora_rank": 4},
         "data": {
             "demonstrations": write_rows(folder / "demonstrations.jsonl", demonstrations),
             "prompts": write_rows(folder / "prompts.jsonl", [{"prompt": f"say {i}?"} for i in range(20)]),

@@ -86,9 +86,7 @@ PPOS = {
     "beta-2": Ppo("SRPPO, β = 2", changes={"reward.kl_coef": 2.0}),
     "numerator": Ppo("SRPPO, medium SFT, reward from the light SFT", "medium", numerator="light"),
     "after": Ppo("SRPPO after continued SFT, reward from the light SFT", numerator="light", after="eos"),
-    "lora": Ppo(
-        "SRPPO, LoRA", "lora", {"tuning.kind": "lora", "ppo.learning_rate": 1e-3, "ppo.critic_learning_rate": 1e-3, "tuning.critic": "own"}
-    ),
+    "lora": Ppo("SRPPO, LoRA", "lora", {"tuning.kind": "lora", "ppo.learning_rate": 1e-3, "ppo.critic_learning_rate": 1e-3}),
     "card": Ppo("SRPPO, start, numerator and β by the card, guard on", "saved", CARD),
     "guard": Ppo("SRPPO, guard on", changes={k: v for k, v in CARD.items() if k.startswith("guard.")}),
     "guarded": Ppo("SRPPO, β by the card, guard on", "light", CARD),

@@ -34,8 +34,8 @@ Both sides: the same weights, prompts (the same token ids), reward, KL coefficie
 one thread, no gradient clipping, each in a process of its own, taking turns. A round is timed from the end of the one before, and a
 process's first is not counted; figures are medians. Memory is the peak of resident memory while rounds run, less what is resident once
 a tiny run has loaded all libraries. TRL is set up as its user would do it: a reference, and a reward model with two models of its
-own; in LoRA its `peft_config` gives the policy an adapter and the critic is trained whole. Ours trains a critic with a trunk of its own too
-(`tuning.critic: own`; in LoRA the default is `least_squares`, a row of its own). `TRL at its thriftiest` is the best we made
+own; in LoRA its `peft_config` gives the policy an adapter and the critic is trained whole.
+Ours trains a critic with a trunk too; `tuning.critic: least_squares` has rows of its own. `TRL at its thriftiest` is the best we made
 of it: frozen models shared, the reward's LM head on response positions only, an adapter for the critic too. Ratios above 1 in speed and
 below 1 in memory are in our favour. Processor time is told beside wall time, as other work on a machine lengthens only the latter.
 Equal work means: the same responses and policy steps, generated tokens within 2 %, weights moved within 1 %, mean scores within
@@ -151,6 +151,7 @@ def race(result: Result) -> list[str]:
         score = f"{work['mean_score'][0]:.4f} / {work['mean_score'][1]:.4f} (± {work['score_standard_error']:.4f})"
         what = f"{row['updates']} rounds of {shape['batch']} × ({shape['prompt']} + {shape['response']})"
         what += f", {shape['epochs']} × {shape['minibatches']} steps"
+        what += f"; {row['turns']} of a side, {row['turns'] * (row['updates'] - 1)} rounds counted"
         lines.append(f"| {SHAPE_NAMES[row['name']]} | {row['tuning']} | {what} | {' | '.join(counts)} | {moved} | {score} |")
     return [*lines, "", _where(result, rows)]
 

@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
     """Let freed tensors of up to 32 MB be used again instead of going back to the kernel. Returns whether that was done.
 
     glibc gives large blocks back when they are freed, and the kernel hands out zeroed pages anew at each use: in training on a
-    CPU that is a tenth of the time. The peak of memory stays as it was (measured: docs/log.md). Linux with glibc only; does
+    CPU that is 3 to 8 % of the time. The peak of memory stays as it was (measured: docs/log.md). Linux with glibc only; does
     nothing where the user has set MALLOC_* or GLIBC_TUNABLES, or runs another allocator by LD_PRELOAD.
     """
     chosen = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)

@@ -64,15 +64,10 @@ class TuningConfig(Section):
     lora_layers: int | None = Field(default=None, ge=1)
     """Adapters on the last so many decoder layers only; all of them if unset. What is below is then the same for all roles and steps:
     PPO runs it once a rollout and keeps its states (tokens x hidden size)."""
-    critic: Literal["auto", "own", "least_squares"] = "auto"
+    critic: Literal["own", "least_squares"] = "own"
     """own: the critic has a trunk, a copy of the SFT model or an adapter, trained by gradient steps. least_squares: its values are a
-    linear function, fitted in closed form, of the frozen SFT model's states and of the log-ratio so far, which scoring computes anyway:
-    almost no time and memory. auto: least_squares in lora tuning, own in full."""
-
-    @property
-    def fits_critic(self) -> bool:
-        """Whether the critic, where there is one, is fitted by least squares."""
-        return self.critic == "least_squares" or (self.critic == "auto" and self.kind == "lora")
+    linear function, fitted in closed form, of the frozen SFT model's states and of the reward's terms so far, which scoring computes
+    anyway: half of the update's time and memory or less, at a small price in quality where a trained critic learns (docs/method.md)."""
 
 
 class DataConfig(Section):

@@ -98,7 +98,7 @@ class Settings:
 def read_settings(config: RunConfig) -> Settings:
     """The adapter between the recipe's keys and the plan."""
     model, tuning, sft, ppo, rollout = config.model, config.tuning, config.sft, config.ppo, config.rollout
-    critic = "none" if ppo.baseline != "critic" else "least_squares" if tuning.fits_critic else "own"
+    critic = "none" if ppo.baseline != "critic" else tuning.critic
     targets = tuning.lora_targets
     return Settings(
         full=tuning.kind == "full",

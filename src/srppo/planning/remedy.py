@@ -56,7 +56,7 @@ def remedies(config: RunConfig, gpu: bool, layers: int) -> Iterator[Changes]:
             yield {"model.frozen_dtype": "bfloat16"}
         if gpu and not config.model.offload_frozen:
             yield {"model.offload_frozen": True}
-    if config.ppo.baseline == "critic" and not config.tuning.fits_critic:
+    if config.ppo.baseline == "critic" and config.tuning.critic == "own":
         yield {"tuning.critic": "least_squares"}
     if config.tuning.kind == "full":
         yield {"tuning.kind": "lora"}

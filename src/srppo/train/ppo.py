@@ -97,7 +97,7 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
     roles.create("policy", "sft")
     learned = ppo.baseline == "critic"
     if learned:
-        roles.create_critic("sft", trunk=not config.tuning.fits_critic)
+        roles.create_critic("sft", trunk=config.tuning.critic == "own")
     roles.freeze("sft")  # after the copies were taken from its full precision
     state = PPOState(
         TimedLearner(roles.parameters("policy"), ppo.learning_rate, ppo.max_grad_norm, epsilon=ppo.adam_epsilon),
