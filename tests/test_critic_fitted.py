@@ -80,6 +80,16 @@ def test_rows_left_out_of_the_loss_take_no_part_in_the_fit(tmp_path: Path) -> No
     assert float(found[0]["totals"][0]) == 7 and all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
 
+def test_a_round_without_a_row_that_counts_changes_nothing_and_says_nothing(tmp_path: Path) -> None:
+    """Every response cut at the limit and left out: as with a trained critic, the run goes on, and no figure is NaN."""
+    options = {"reward__missing_eos": "exclude", "rollout__max_new_tokens": 1, "diagnose__enabled": False, "guard__every": 0}
+    run(tiny_job(tmp_path, tuning__critic="least_squares", ppo__iterations=2, ppo__critic_warmup=0, **options))
+    rounds = [m for m in metrics(tmp_path / "run") if m.get("stage") == "ppo" and "iteration" in m]
+    left_out = [m for m in rounds if m["completions/excluded"] == 12]
+    assert left_out and all("loss/value_avg" not in m for m in left_out)
+    assert all(math.isfinite(v) for m in rounds for v in m.values() if isinstance(v, float))
+
+
 def test_parts_are_all_rows_in_their_order() -> None:
     lengths = [3, 0, 5, 1, 4]
     states = [torch.full((n, 2), float(i), dtype=torch.bfloat16) for i, n in enumerate(lengths)]

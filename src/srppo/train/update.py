@@ -106,7 +106,10 @@ def fit_critic(roles: Roles, experience: Experience, warn: Callable[[str], None]
     """
     begun = time.perf_counter()
     assert experience.features is not None, "scored without features"
-    rows, mask = torch.nonzero(experience.keep).flatten().tolist(), experience.rollout.mask
+    mask = experience.rollout.mask
+    rows = torch.nonzero(experience.keep & mask.any(1)).flatten().tolist()
+    if not rows:  # the round's own warning says why
+        return {}
     returns = [x[m] for x, m in zip(experience.returns, mask)]
     if not roles.fit_critic(experience.features, rows, returns):
         warn("NaN or infinite features or returns: the critic was not fitted in this round")
