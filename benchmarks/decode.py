@@ -16,8 +16,8 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from srppo.models.tokens import SpecialTokens
 from srppo.rollout import Sampling, TorchEngine
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -40,12 +41,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 SIZES = {"llama_5m": (64, 512, 64), "smollm2_135m": (32, 64, 24)}  # rows at once, rows, response limit
-
-
-@dataclass(frozen=True)
-class Ends:
-    eos_ids: tuple[int, ...]
-    pad_id: int = 0
 
 
 class Clock:
@@ -95,14 +90,14 @@ def limits(model: Any, rows: int, columns: float, clock: Clock) -> dict[str, flo
         if isinstance(layer, nn.Linear):
             if tuple(layer.weight.shape) not in seen:
                 x = torch.randn(rows, layer.in_features, device=clock.device)
-                seen[tuple(layer.weight.shape)] = clock.best(lambda w=layer.weight, x=x: nn.functional.linear(x, w))  # type: ignore[misc]
+                seen[tuple(layer.weight.shape)] = clock.best(partial(nn.functional.linear, x, layer.weight))
             products += seen[tuple(layer.weight.shape)]
     return {"memory": (weights + states) / rate, "products": products}
 
 
-def timed(model: Any, name: str, ends: Ends, sizes: tuple[int, int, int], clock: Clock, **options: Any) -> dict[str, float]:
+def timed(model: Any, name: str, ends: SpecialTokens, sizes: tuple[int, int, int], clock: Clock, **options: Any) -> dict[str, float]:
     rows, count, limit = sizes
-    engine = TorchEngine(ends, rows, **options)  # type: ignore[arg-type]
+    engine = TorchEngine(ends, rows, **options)
     seconds, rollout = clock(lambda: engine.generate(model, prompts(count), range(count), Sampling(limit)))
     tokens = int(rollout.mask.sum())
     return {"tokens_per_second": tokens / seconds, "tokens": tokens, "seconds": seconds, "idle_share": engine.last.idle_share}
@@ -123,8 +118,8 @@ def measure(name: str, device: torch.device, times: int) -> dict[str, Any]:
     clock, model, sizes = Clock(device), build(name, device), SIZES[name]
     rows, _, limit = sizes
     vocabulary = model.config.vocab_size
-    ending = Ends(tuple(range(vocabulary * 3 // limit)))  # a row has about a third of the limit
-    never = Ends(())
+    ending = SpecialTokens(0, tuple(range(vocabulary * 3 // limit)))  # a row has about a third of the limit
+    never = SpecialTokens(0, ())
     with torch.no_grad():
         timed(model, name, never, (rows, rows, 2), clock)
         best = alternately(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from tiny_job import StopAt, metrics, run, tiny_job, weights, without_clock
 from tiny_models import save_tiny, tiny_roles, train_role
 
 
-def critic_of(place: str, kind: str, trunk: bool) -> Roles:
-    roles = tiny_roles(place, kind)  # type: ignore[arg-type]
+def critic_of(place: str, kind: Literal["full", "lora"], trunk: bool) -> Roles:
+    roles = tiny_roles(place, kind)
     roles.create("sft", "base")
     train_role(roles, "sft", steps=2)
     roles.create("policy", "sft")
@@ -34,7 +35,7 @@ def critic_of(place: str, kind: str, trunk: bool) -> Roles:
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_values_are_those_of_the_same_head_on_a_trunk_that_stands_still(kind: str, tmp_path: Path) -> None:
+def test_values_are_those_of_the_same_head_on_a_trunk_that_stands_still(kind: Literal["full", "lora"], tmp_path: Path) -> None:
     place, config = save_tiny(tmp_path / "llama"), build({"ppo": {"micro_batch_tokens": 30}})
     own, fitted = critic_of(place, kind, True), critic_of(place, kind, False)
     assert fitted.has_critic and fitted.critic_parameters() == {} and "critic" not in fitted._store.names()

@@ -65,7 +65,7 @@ class Stopwatch(TrainerCallback):
 
     def accuracies(self) -> dict[str, float]:
         found = evaluate(
-            OnePolicy(self.policy),  # type: ignore[arg-type]
+            OnePolicy(self.policy),
             "policy",
             self.prompts,
             scorer=self.scorer,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from srppo.intervals import bootstrap_interval
-from srppo.models.roles import Roles
 from srppo.records import Prompt, Rollout
 from srppo.rollout.engine import RolloutEngine, Sampling, repeated
 from srppo.scoring import Scorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,14 @@ def limit_per_group(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt
     return kept
 
 
+class Models(Protocol):
+    """What answers by the name of a role: Roles, or a model in their place."""
+
+    def use(self, role: str) -> AbstractContextManager[PreTrainedModel]: ...
+
+
 def evaluate(
-    roles: Roles,
+    roles: Models,
     role: str,
     prompts: Sequence[Prompt],
     *,

@@ -96,7 +96,8 @@ class FullRoles:
             share_plan(model, self._models[source])
         if self._compiled:
             compile_layers(model)
-        self._models[role] = model.to(self._device).eval().requires_grad_(True)  # type: ignore[arg-type]  # transformers' stub
+        nn.Module.to(model, self._device)
+        self._models[role] = model.eval().requires_grad_(True)
 
     def drop(self, role: str) -> None:
         del self._models[role]
