@@ -35,11 +35,18 @@ class Commands(click.Group):
         except SrppoError as error:
             if ctx.meta.get("debug"):
                 raise
-            click.echo(f"srppo: {clean(str(error))}", err=True)  # it may quote data, and what a user's scorer said
+            if not getattr(error, "told", False):  # by rank 0, of several processes
+                click.echo(f"srppo: {_process()}{clean(str(error))}", err=True)  # it may quote data, and what a user's scorer said
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("\n" + after_interrupt(ctx.meta.get("output")), err=True)
             ctx.exit(INTERRUPTED)
+
+
+def _process() -> str:
+    """Which of several processes speaks, where it is not the first."""
+    rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE") or 1) > 1 else "0"
+    return "" if rank == "0" else f"process {rank}: "
 
 
 def after_interrupt(output: str | None) -> str:

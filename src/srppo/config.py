@@ -19,6 +19,7 @@ from srppo.sections import (
     EvaluationConfig,
     GuardConfig,
     ModelConfig,
+    ParallelConfig,
     PPOConfig,
     RewardConfig,
     RolloutConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "GuardConfig",
     "ModelConfig",
     "PPOConfig",
+    "ParallelConfig",
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
@@ -61,6 +63,7 @@ class RunConfig(Section):
     """Write a torch.profiler trace of the second PPO round, and a table of its operators, to profile/ in the run folder."""
     model: ModelConfig = ModelConfig()
     tuning: TuningConfig = TuningConfig()
+    parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from srppo.errors import RunFolderError
+from srppo.world import world
 
 _ADVICE = {
     errno.ENOSPC: "no space is left on the device; free some, or choose another --output; then continue with --resume",
@@ -37,7 +38,12 @@ def write_errors(path: str | Path) -> Iterator[None]:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Atomic: a temporary file beside it, fsync, rename. Raises RunFolderError; no temporary file stays."""
+    """Atomic: a temporary file beside it, fsync, rename. Raises RunFolderError; no temporary file stays.
+
+    Of several processes rank 0 alone writes; the others return at once.
+    """
+    if not world().main:
+        return
     path = Path(path)
     with write_errors(path):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -65,7 +71,9 @@ def write_lines(path: str | Path, records: list[dict[str, Any]]) -> None:
 
 
 def append_lines(path: str | Path, records: list[dict[str, Any]]) -> None:
-    """Add records to a jsonl file. Where that fails the file keeps its old length: no half line."""
+    """Add records to a jsonl file. Where that fails the file keeps its old length: no half line. Rank 0 alone writes."""
+    if not world().main:
+        return
     content = _lines(records)
     # Unbuffered: a buffer would write what is left of a refused line when the file is closed, after the truncation.
     with write_errors(path), open(path, "ab", buffering=0) as stream:

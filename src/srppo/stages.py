@@ -25,6 +25,7 @@ from srppo.train.ppo import PPOSetup, train_ppo
 from srppo.train.sft import share_name, train_sft
 from srppo.train.supervised import heldout_nll
 from srppo.workspace import Workspace, metered
+from srppo.world import world
 
 _ANSWERS: WeakKeyDictionary[Workspace, Rollout] = WeakKeyDictionary()
 ROLE_OF_STAGE = {"base": "base", "sft": "sft", CONTINUED: CONTINUED, "srppo": "policy"}
@@ -32,8 +33,8 @@ ROLE_OF_STAGE = {"base": "base", "sft": "sft", CONTINUED: CONTINUED, "srppo": "p
 
 def outcome(space: Workspace, name: str) -> dict[str, Any] | None:
     """What a finished stage left, or None."""
-    file = f"stages/{name}.json"
-    return space.run.read_json(file) if space.run.has(file) else None
+    file, run = f"stages/{name}.json", space.run
+    return world().once(lambda: run.read_json(file) if run.has(file) else None)
 
 
 def finish(space: Workspace, name: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[
             with space.progress.stage(f"Evaluate {stage_titles(config.reward.kind)[stage]}", total, "answers") as ticker:
 
                 def tick(finished: int, _: int) -> None:
-                    space.interrupt.check()
+                    space.interrupt.poll()
                     ticker.advance(finished)
 
                 result = evaluate(
@@ -235,7 +236,7 @@ def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[
 def _base_evaluation(space: Workspace) -> Evaluation:
     """The base's evaluation as its stage wrote it."""
     groups = (outcome(space, "evaluate-base") or {"groups": {}})["groups"]
-    rows = [Answers(**row) for row in read_lines(space.run.path / "evaluation/base.jsonl")]
+    rows = [Answers(**row) for row in world().once(lambda: read_lines(space.run.path / "evaluation/base.jsonl"))]
     return Evaluation({name: GroupResult(**group) for name, group in groups.items()}, rows)
 
 
@@ -261,4 +262,5 @@ def _base_answers(space: Workspace) -> Rollout:
 
 def drop_checkpoint(space: Workspace, name: str) -> None:
     """Training state that a finished stage needs no more."""
-    shutil.rmtree(space.run.path / "checkpoints" / name, ignore_errors=True)
+    if world().main:
+        shutil.rmtree(space.run.path / "checkpoints" / name, ignore_errors=True)

@@ -34,6 +34,7 @@ from srppo.run_folder import RunFolder
 from srppo.scoring import Scorer, load_scorer
 from srppo.threads import ThreadWatch, Watched, set_threads, torch_threads
 from srppo.train.interrupt import Interrupt
+from srppo.world import start_world
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -136,20 +137,23 @@ def open_workspace(
     ppo: whether PPO is to run, so that what judges responses is needed.
     """
     started = time.monotonic()
+    here = start_world()
+    if not here.alone:
+        progress.note(f"{here.size} processes, {here.local_size} on this machine")
     progress.note(set_threads(config.threads))
     keep_freed_memory()
     progress = Watched(progress, ThreadWatch(progress.warn, torch_threads))
     text = dump(config)
-    RunFolder.check(config.output, resume=resume, overwrite=overwrite, config_yaml=text, may_differ=may_differ)
+    here.once(lambda: RunFolder.check(config.output, resume=resume, overwrite=overwrite, config_yaml=text, may_differ=may_differ))
     check_inputs(config)
     judging = ppo and config.reward.kind == "preference_model" and config.ppo.iterations > 0
-    if resume and (Path(config.output) / "stages/ppo.json").is_file():
+    if resume and here.once(lambda: (Path(config.output) / "stages/ppo.json").is_file()):
         judging = False  # PPO is done
     loading = Ledger()
     with loading.stage("load"):
         loaded = _load(config, progress, judging)  # before the folder is touched: a wrong model or file leaves no trace
     with RunFolder.open(config.output, text, resume=resume, overwrite=overwrite, may_differ=may_differ) as run, Interrupt() as interrupt:
-        before = run.read_json("elapsed.json") if run.has("elapsed.json") else {}
+        before = here.once(lambda: run.read_json("elapsed.json") if run.has("elapsed.json") else {})
         ledger = Ledger(before.get("stages"))
         ledger.add(loading)
         spent = (before.get("seconds", 0.0), before.get("peak_rss_mb", 0.0))

@@ -13,6 +13,7 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from srppo.errors import ModelError, RunFolderError, SrppoError
@@ -53,8 +54,8 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def save_model(model: PreTrainedModel, folder: str | Path) -> None:
-    """Weights (safetensors) and config, in the layout that from_pretrained reads."""
+def save_model(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Weights (safetensors) and config, in the layout that from_pretrained reads. weights: where the model itself does not hold them."""
     zeroed = [(config, key, getattr(config, key)) for config, key, _ in restored_config_values(model)]
     generation = getattr(model, "generation_config", None)
     try:
@@ -63,7 +64,7 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
         if generation is not None:
             model.generation_config = valid_generation_config(generation)
         with quiet():
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
     finally:
         for config, key, value in zeroed:
             setattr(config, key, value)

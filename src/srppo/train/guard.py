@@ -33,6 +33,7 @@ from srppo.records import Example, Rollout
 from srppo.rollout.engine import RolloutEngine, Sampling, repeated
 from srppo.run_folder import RunFolder
 from srppo.train.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint, saved_steps
+from srppo.world import world
 
 CHECKPOINTS = "guard-best"  # under checkpoints/
 AUC_DROP = 0.1  # from round 0: beyond it, or below 1/2, the reward no longer ranks demonstrations above samples as it did
@@ -224,6 +225,8 @@ class Guard:
 
     def tidy(self) -> None:
         """Delete kept weights but for those of the best look so far, now and as of each PPO checkpoint that a run may resume from."""
+        if not world().main:
+            return
         ends = [*saved_steps(self._run.path / "checkpoints" / "ppo"), math.inf]
         known = [[look for look in self.looks if look.round <= end] for end in ends]
         needed = {best_of(looks).round for looks in known if looks}

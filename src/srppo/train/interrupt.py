@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from srppo.errors import TrainingStopped
+from srppo.world import world
 
 
 class Interrupted(TrainingStopped):
@@ -46,7 +47,12 @@ class Interrupt:
         message = "\nstopping: the work at hand is finished and saved first. Ctrl-C again stops at once, back to the last checkpoint.\n"
         os.write(2, message.encode())  # print is not safe in a signal handler
 
-    def check(self, *_: object) -> None:
-        """Raise StopRequested where a signal came in. Takes and ignores arguments, so it can serve as a progress callback."""
+    def check(self) -> None:
+        """Raise StopRequested where a signal came in, to any of the run's processes: all ask at the same points, and all stop."""
+        if world().any(self.requested):
+            raise StopRequested
+
+    def poll(self, *_: object) -> None:
+        """Raise StopRequested where a signal came in to this process, whatever the others do. A progress callback of decoding."""
         if self.requested:
             raise StopRequested

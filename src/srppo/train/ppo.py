@@ -30,6 +30,7 @@ from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
 from srppo.train.learner import scheduled_lr
 from srppo.train.speed import TimedLearner, rates, snapshot
 from srppo.train.update import fit_critic, update
+from srppo.world import world
 
 SAMPLES_KEPT = 8  # rollouts a round written to samples.jsonl
 
@@ -108,7 +109,7 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
         Phases(roles.device),
         guard=guard,
     )
-    steps = saved_steps(folder)
+    steps = world().once(lambda: saved_steps(folder))
     if steps:
         _restore(setup, state, load_checkpoint(folder, steps[-1]))
     elif state.guard:
@@ -184,7 +185,7 @@ def _gather(setup: PPOSetup, state: PPOState) -> Gathered:
     dealt = [setup.prompts[i] for i in deal_prompts(len(setup.prompts), ppo.prompts_per_iteration, config.seed, iteration)]
     samples = ppo.samples_per_prompt
     with phases("rollout"):
-        rollout = collect(roles, setup.engine, dealt, setup.sampling, samples, config.seed, iteration, spent, lambda *_: check())
+        rollout = collect(roles, setup.engine, dealt, setup.sampling, samples, config.seed, iteration, spent, setup.interrupt.poll)
     collected = snapshot(spent)
     with phases("score"):
         scored = score(roles, rollout, config, spent, check, setup.preference_model)
@@ -314,5 +315,6 @@ def _restore(setup: PPOSetup, state: PPOState, saved: Checkpoint) -> None:
 def _save_stopped(setup: PPOSetup, state: PPOState) -> None:
     """After repeated non-finite steps: keep the state for inspection beside the checkpoints, which stay the way to resume."""
     folder = setup.run.path / "checkpoints" / "stopped"
-    shutil.rmtree(folder, ignore_errors=True)
+    if world().main:
+        shutil.rmtree(folder, ignore_errors=True)
     save_checkpoint(folder, _checkpoint(setup, state), keep=1)
