@@ -82,6 +82,14 @@ class World:
             raise value
         return value  # type: ignore[no-any-return]
 
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Do something that takes much memory, on each machine one process after the other."""
+        for turn in range(self.most(self.local_size)):
+            if turn == self.local_rank:
+                result = work()
+            self.barrier()
+        return result
+
     def each(self, work: Callable[[], T]) -> list[T]:
         """Let every process do its share; the results by rank, to all. Where one raises, all raise the error of the first that did."""
         if self.alone:

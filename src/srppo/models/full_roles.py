@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from srppo.errors import ArchitectureError, ModelError
@@ -42,7 +41,7 @@ class FullRoles:
         """load(None) reads the base again, load(folder) another model; both in the trained precision `dtype`.
 
         offload: frozen models live in the machine's memory. compiled: decoder layers go through torch.compile.
-        sharding: spreads every model over the processes; then `load` gives models on the CPU.
+        sharding: how the models are spread over the processes; base is already, and so is what `load` gives.
         """
         self._sharding = sharding
         self._load, self._dtype, self._frozen_dtype, self._offload, self._compiled = load, dtype, frozen_dtype, offload, compiled
@@ -52,9 +51,7 @@ class FullRoles:
         self._device = sharding.device if sharding else base.device
         if compiled:
             compile_layers(base)
-        if sharding:
-            sharding.shard(base)
-        elif offload:
+        if offload and sharding is None:
             self._away["base"] = Offloaded(base, self._device)
 
     def names(self) -> set[str]:
@@ -91,8 +88,6 @@ class FullRoles:
         origin, base = self._models[source], self._models["base"]
         if origin.dtype != base.dtype:
             base = self._load(None)
-            if self._sharding:
-                self._sharding.shard(base)
         weights, starts = dict(origin.named_parameters()), dict(base.named_parameters())
         if {n: p.shape for n, p in weights.items()} != {n: p.shape for n, p in starts.items()}:
             raise ArchitectureError(f"{source} cannot be extrapolated away from base: it is of another architecture, with other weights")
@@ -115,8 +110,6 @@ class FullRoles:
             compile_layers(model)
         if self._sharding is None:
             nn.Module.to(model, self._device)
-        elif not isinstance(model, FSDPModule):
-            self._sharding.shard(model)
         self._models[role] = model.eval().requires_grad_(True)
 
     def drop(self, role: str) -> None:

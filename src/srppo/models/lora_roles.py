@@ -30,7 +30,7 @@ from srppo.models.modes import set_mode, undisturbed
 from srppo.models.plan import plan, run_trunk, same_states
 from srppo.models.prefix import run_above, run_prefix
 from srppo.models.saving import save_adapter
-from srppo.models.sharding import Sharding, posing_as_whole
+from srppo.models.sharding import posing_as_whole
 from srppo.models.source import Source
 from srppo.models.weights import copy_into, distinct_tensors, embedding_rows
 from srppo.records import TokenBatch
@@ -50,15 +50,12 @@ class LoraRoles:
         source: Source,
         seed: int,
         allow_pickle: bool = False,
-        sharding: Sharding | None = None,
     ):
-        """sharding: spreads the base over the processes; the adapters are whole in each."""
+        """The base may be spread over the processes; the adapters are whole in each."""
         self._model, self._tuning, self._source, self._seed, self._allow_pickle = base, tuning, source, seed, allow_pickle
         self._peft: Any = None  # a PeftModel, made with the first adapter
         self._frozen = {"base"}
         self._depth: int | None = None
-        if sharding:
-            sharding.shard(base)
         self._recount()
         if base.is_gradient_checkpointing:
             # Recomputation in the backward pass must meet the adapter of the forward pass, even after its `use` has ended.

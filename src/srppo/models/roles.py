@@ -364,10 +364,15 @@ def build_roles(config: RunConfig) -> Roles:
     sharding = sharding_of(config.parallel, device)
     placed = model if sharding is None else model.model_copy(update={"device": "cpu"})  # spread from there, layer by layer
 
-    def load(name: str | None) -> PreTrainedModel:
-        return load_model(placed, name=name)
+    def read(name: str | None, dtype: str) -> PreTrainedModel:
+        found = load_model(placed, name=name, dtype=dtype)
+        plan(found)
+        return found
 
-    base = load_model(placed, dtype=frozen_dtype if config.tuning.kind == "full" else dtype)
+    def load(name: str | None, dtype: str = dtype) -> PreTrainedModel:
+        return read(name, dtype) if sharding is None else sharding.load(lambda: read(name, dtype))
+
+    base = load(None, frozen_dtype if config.tuning.kind == "full" else dtype)
     tokenizer = load_tokenizer(model)
     check_fit(tokenizer, base)
     if model.tokenizer is not None and _has_tokenizer(source):
@@ -375,14 +380,13 @@ def build_roles(config: RunConfig) -> Roles:
     if source.gguf_file is not None:
         mend_gguf_ends(tokenizer, base)
     special = special_tokens(tokenizer, base)
-    plan(base)
     store: Store
     if config.tuning.kind == "full":
         precisions = getattr(torch, dtype), getattr(torch, frozen_dtype)
         offload = model.offload_frozen and device.type != "cpu"
         store = FullRoles(base, load, *precisions, offload, model.compile, sharding)
     else:
-        store = LoraRoles(base, config.tuning, source, config.seed, model.allow_pickle, sharding)
+        store = LoraRoles(base, config.tuning, source, config.seed, model.allow_pickle)
         if model.compile:
             compile_layers(base)
     return Roles(store, tokenizer, special, model, source, device)

@@ -44,6 +44,10 @@ class Sharding:
             self._apply(layer)
         return self._finish(model, frame)
 
+    def load(self, read: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        """Read a whole model and spread it. A machine's processes take turns, so that it holds one whole model at a time."""
+        return world().in_turn(lambda: self.shard(read()))
+
     def frame(self, model: PreTrainedModel) -> PreTrainedModel:
         """The `skeleton` of a spread model."""
         return self._frames[model]
@@ -197,7 +201,8 @@ def whole_on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def squared_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """Sum of squares over all processes, float32 scalar. Plain tensors are the same in all and counted once."""
-    plain, spread, mesh = torch.zeros((), device=device), torch.zeros((), device=device), None
+    plain, spread = torch.zeros((), device=device), torch.zeros((), device=device)
+    mesh: DeviceMesh | None = None
     for tensor in tensors:
         part = own(tensor).float().square().sum()
         if isinstance(tensor, DTensor):
