@@ -43,13 +43,6 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     Raises RunFolderError when the disk is full or not writable; earlier checkpoints stay as they were.
     """
     final = checkpoint_path(folder, checkpoint.step)
-    from srppo.world import world
-
-    if not world().alone:
-        world().once(lambda: None)
-        if not world().main:
-            world().barrier()
-            return final
     temporary = folder / f".{final.name}.partial"
     if checkpoint.step in saved_steps(folder):
         return final
@@ -79,7 +72,6 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         raise
     for step in saved_steps(folder)[:-keep]:
         shutil.rmtree(checkpoint_path(folder, step))
-    world().barrier()
     return final
 
 
