@@ -60,6 +60,17 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             raise
 
 
+def sync_folder(path: str | Path) -> None:
+    """Flush a folder's list of names to the disk, so that what was written and renamed in it survives a power failure."""
+    if os.name == "nt":  # which opens no folder
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Atomic; NaN and infinity become null."""
     write_bytes(path, (json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
