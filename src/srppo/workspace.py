@@ -145,7 +145,7 @@ def open_workspace(
     progress = Watched(progress, ThreadWatch(progress.warn, torch_threads))
     text = dump(config)
     here.once(lambda: RunFolder.check(config.output, resume=resume, overwrite=overwrite, config_yaml=text, may_differ=may_differ))
-    check_inputs(config)
+    here.once(lambda: check_inputs(config))  # rank 0 first, so that what a hub data set needs is there for the others
     judging = ppo and config.reward.kind == "preference_model" and config.ppo.iterations > 0
     if resume and here.once(lambda: (Path(config.output) / "stages/ppo.json").is_file()):
         judging = False  # PPO is done

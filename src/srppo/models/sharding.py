@@ -165,10 +165,11 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
 @contextmanager
 def posing_as_whole(model: nn.Module) -> Iterator[None]:
     """Within, spread weights look whole, with the right shape, type and device and no values: for code that only asks for those."""
-    hidden: list[tuple[nn.Module, str, nn.Parameter]] = []
+    hidden: list[tuple[nn.Module, str, Any]] = []
     try:
         for module in model.modules():
-            for name, parameter in module._parameters.items():
+            held: dict[str, Any] = module._parameters
+            for name, parameter in held.items():
                 if isinstance(parameter, DTensor):
                     hidden.append((module, name, parameter))
                     pose = torch.empty((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
@@ -202,13 +203,14 @@ def whole_on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def squared_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """Sum of squares over all processes, float32 scalar. Plain tensors are the same in all and counted once."""
     plain, spread = torch.zeros((), device=device), torch.zeros((), device=device)
-    mesh: DeviceMesh | None = None
+    meshes: list[DeviceMesh] = []
     for tensor in tensors:
         part = own(tensor).float().square().sum()
         if isinstance(tensor, DTensor):
-            spread, mesh = spread + part, tensor.device_mesh
+            spread = spread + part
+            meshes.append(tensor.device_mesh)
         else:
             plain = plain + part
-    if mesh is not None:
-        torch.distributed.all_reduce(spread, group=mesh.get_group("shard"))
+    if meshes:
+        torch.distributed.all_reduce(spread, group=meshes[0].get_group("shard"))
     return plain + spread

@@ -136,7 +136,7 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
             while not over():
                 setup.interrupt.check()
                 number = state.iteration + 1
-                profiled = config.profile and number == min(begun_at + 2, ppo.iterations)  # the first warms up
+                profiled = config.profile and world().main and number == min(begun_at + 2, ppo.iterations)  # the first warms up
                 with traced(run.path / "profile", f"round-{number}", setup.progress.warn) if profiled else nullcontext():
                     metrics = _round(setup, state)
                 iteration, every = state.iteration, config.evaluation.every
