@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from srppo.progress import Progress
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for a program that Ctrl-C ended
+INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT or SIGTERM, what a shell reports for a program that such a signal ended
 
 
 class Commands(click.Group):
@@ -38,9 +38,9 @@ class Commands(click.Group):
             if not getattr(error, "told", False):  # by rank 0, of several processes
                 click.echo(f"srppo: {_process()}{clean(str(error))}", err=True)  # it may quote data, and what a user's scorer said
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             click.echo("\n" + after_interrupt(ctx.meta.get("output")), err=True)
-            ctx.exit(INTERRUPTED)
+            ctx.exit(TERMINATED if type(error).__name__ == "Terminated" else INTERRUPTED)  # whose module is slow to load
 
 
 def _process() -> str:

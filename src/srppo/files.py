@@ -38,7 +38,7 @@ def write_errors(path: str | Path) -> Iterator[None]:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Atomic: a temporary file beside it, fsync, rename. Raises RunFolderError; no temporary file stays.
+    """Atomic: a temporary file beside it, fsync, rename, fsync of the folder. Raises RunFolderError; no temporary file stays.
 
     Of several processes rank 0 alone writes; the others return at once.
     """
@@ -54,6 +54,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
                 os.fsync(stream.fileno())
             os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; results are shared like any other file
             os.replace(temporary, path)
+            sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
@@ -69,6 +70,18 @@ def sync_folder(path: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: str | Path) -> None:
+    """Flush a folder with all that is in it to the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            handle = os.open(os.path.join(place, name), os.O_RDWR)  # Windows flushes what may be written only
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_folder(place)
 
 
 def write_json(path: str | Path, content: Any) -> None:

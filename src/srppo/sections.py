@@ -141,6 +141,8 @@ class SFTConfig(Section):
     keep: Literal["auto", "best", "last"] | float = "auto"
     """The checkpoint PPO starts from: the reward card's choice (auto; the last one where no card is made), the lowest held-out loss,
     the last, or one of the shares of `checkpoints_at`."""
+    checkpoint_every: int = Field(default=100, ge=0)
+    """Steps between checkpoints to resume from, of SFT and continued SFT; 0: only at the shares of `checkpoints_at`. The last two stay."""
     eval_every: int = Field(default=0, ge=0)
     """Held-out loss every so many steps; 0 means at the checkpoints only."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import asdict
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -53,7 +52,7 @@ def sft_stage(space: Workspace) -> dict[str, Any]:
     elif done is not None:
         load_own(roles, "sft", run.path / "sft")
     else:
-        compute, started = Compute(), time.monotonic()
+        compute = Compute()
         result = train_sft(
             roles,
             space.loaded.demonstrations.train,
@@ -65,8 +64,8 @@ def sft_stage(space: Workspace) -> dict[str, Any]:
             interrupt=space.interrupt,
         )
         roles.save("sft", run.path / "sft", card=model_card(config, "sft"))
-        done = finish(space, "sft", {**result.to_dict(), "compute": compute.to_dict(), "seconds": time.monotonic() - started})
-        drop_checkpoint(space, "sft")
+        done = finish(space, "sft", {**result.to_dict(), "compute": compute.to_dict(), "seconds": space.ledger.seconds("sft")})
+    drop_checkpoint(space, "sft")  # also where the process that finished was killed before
     return done
 
 
@@ -77,11 +76,12 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
     done = outcome(space, "ppo")
     if done is not None:
         roles.load("policy", run.path / "policy")
+        drop_checkpoint(space, CHECKPOINTS)
         return done
     if isinstance(config.reward.checkpoint, float | int):
         load_own(roles, "reward", run.path / "sft_checkpoints" / share_name(config.reward.checkpoint))
         roles.freeze("reward")
-    compute, started = Compute(), time.monotonic()
+    compute = Compute()
     during = limit_per_group(loaded.evaluation_prompts, config.evaluation.during_prompts)
 
     def evaluate_now(iteration: int) -> dict[str, float]:
@@ -134,7 +134,7 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
             "skipped_steps": sum(learner.total_skips for learner in state.learners),
             **kept,
             "compute": compute.to_dict(),
-            "seconds": time.monotonic() - started,
+            "seconds": space.ledger.seconds("ppo"),
         },
     )
     drop_checkpoint(space, CHECKPOINTS)
@@ -171,8 +171,9 @@ def continued_stage(space: Workspace, passes: int) -> dict[str, Any]:
     done = outcome(space, CONTINUED)
     if done is not None:
         roles.load(CONTINUED, run.path / CONTINUED)
+        drop_checkpoint(space, CONTINUED)
         return done
-    compute, started = Compute(), time.monotonic()
+    compute = Compute()
     roles.load(CONTINUED, config.sft.checkpoint or run.path / "sft")
     result = continue_sft(
         roles,
@@ -186,7 +187,7 @@ def continued_stage(space: Workspace, passes: int) -> dict[str, Any]:
         interrupt=space.interrupt,
     )
     roles.save(CONTINUED, run.path / CONTINUED, card=model_card(config, CONTINUED))
-    done = finish(space, CONTINUED, {**result.to_dict(), "compute": compute.to_dict(), "seconds": time.monotonic() - started})
+    done = finish(space, CONTINUED, {**result.to_dict(), "compute": compute.to_dict(), "seconds": space.ledger.seconds(CONTINUED)})
     drop_checkpoint(space, CONTINUED)
     return done
 

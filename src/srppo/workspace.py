@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -19,7 +20,7 @@ from srppo.data.demonstrations import Demonstrations, load_demonstrations
 from srppo.data.prompts import PromptSet, load_prompts
 from srppo.data.report import data_summary
 from srppo.data.sources import read_rows
-from srppo.errors import ConfigError, DataError
+from srppo.errors import ConfigError, DataError, RunFolderError
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles, build_roles
 from srppo.profiling.ledger import Ledger
@@ -36,6 +37,7 @@ from srppo.threads import ThreadWatch, Watched, set_threads, torch_threads
 from srppo.train.interrupt import Interrupt
 from srppo.world import start_world
 
+NOTED_EVERY = 10.0  # seconds between two notes of what the run cost
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -87,8 +89,28 @@ class Workspace:
 
     def note_cost(self) -> None:
         """Write what the run cost so far, for the process that resumes it."""
-        cost = {"seconds": self.elapsed(), "peak_rss_mb": self.peak_rss_mb(), "stages": self.ledger.stages}
-        self.run.write_json("elapsed.json", cost)
+        self._write_cost(self.peak_rss_mb())
+
+    def _write_cost(self, peak: float) -> None:
+        self.run.write_json("elapsed.json", {"seconds": self.elapsed(), "peak_rss_mb": peak, "stages": self.ledger.so_far()})
+
+    @contextmanager
+    def costs_noted(self) -> Iterator[None]:
+        """Inside it what the run cost is noted every NOTED_EVERY seconds, lest a process that is killed should count for nothing."""
+        over = threading.Event()
+
+        def note() -> None:
+            while not over.wait(NOTED_EVERY):
+                with suppress(RunFolderError, RuntimeError):  # a full disk is told where more depends on it
+                    self._write_cost(max(self.peak_before, resident().highest.get("", 0.0)))
+
+        thread = threading.Thread(target=note, name="srppo-costs", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 def metered(name: str) -> Callable[[Callable[Concatenate[Workspace, P], R]], Callable[Concatenate[Workspace, P], R]]:
@@ -160,7 +182,8 @@ def open_workspace(
         space = Workspace(config, run, progress, interrupt, loaded, started, *spent, ledger)
         run.write_json("data.json", loaded.data_summary)
         try:
-            yield space
+            with space.costs_noted():
+                yield space
         finally:
             space.note_cost()
 

@@ -211,8 +211,13 @@ class Roles:
         self._check(role)
         return self._store.parameters(role)
 
+    def weights(self, role: str) -> dict[str, Tensor]:
+        """The role's own weights themselves, for a checkpoint that is written at once."""
+        self._check(role)
+        return self._store.tensors(role)
+
     def state(self, role: str) -> dict[str, Tensor]:
-        """CPU clones of the role's own weights, for a checkpoint."""
+        """CPU clones of the role's own weights."""
         self._check(role)
         return snapshot(self._store.tensors(role))
 
@@ -300,8 +305,12 @@ class Roles:
         head = dict(self._value_head().named_parameters())
         return {**_prefixed("trunk.", self._store.parameters(CRITIC)), **_prefixed("value_head.", head)}
 
+    def critic_weights(self) -> dict[str, Tensor]:
+        """The critic's weights themselves, for a checkpoint that is written at once."""
+        return self._critic_tensors()
+
     def critic_state(self) -> dict[str, Tensor]:
-        """CPU clones of the critic's weights, for a checkpoint."""
+        """CPU clones of the critic's weights."""
         return snapshot(self._critic_tensors())
 
     def load_critic_state(self, state: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from srppo.errors import ModelError, RunFolderError, SrppoError
+from srppo.files import sync_folder, sync_tree
 from srppo.models.load import quiet, restored_config_values
 from srppo.models.source import Source
 from srppo.models.tokens import SpecialTokens
@@ -35,6 +36,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
         work.chmod(0o755)
         yield work
+        sync_tree(work)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
             os.replace(target, old / "old")
@@ -42,6 +44,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(work, target)
+        sync_folder(target.parent)
     except SrppoError:
         raise
     except Exception as error:

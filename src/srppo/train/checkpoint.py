@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from srppo.errors import RunFolderError, SrppoError
 from srppo.files import sync_folder
@@ -113,8 +114,8 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, step: int, like: Tensors | None = None) -> Checkpoint:
-    """Read one checkpoint, its checksums first. Its tensors are new, whole and on the CPU; or, where `like` has one of their name, on
-    that one's device, and split over the processes as that is, if it is a DTensor. All have the precision they were saved in.
+    """Read one checkpoint, its checksums first. Its tensors are new, whole and on the CPU; or, where `like` has a DTensor of their name,
+    spread over the processes as that is. All have the precision they were saved in.
 
     Raises DamagedCheckpoint, and RunFolderError where it is of another version of srppo or does not fit `like`.
     """
@@ -188,10 +189,10 @@ def flat(tensors: Tensors) -> dict[str, Tensor]:
 
 def _memory(path: Path, name: str, shape: torch.Size, dtype: torch.dtype, like: Tensor | None) -> Tensor:
     """For a tensor to be read."""
-    if like is None:
-        return torch.empty(shape, dtype=dtype)
-    if like.shape != shape:
+    if like is not None and like.shape != shape:
         raise RunFolderError(f"{path}: {name} is {list(shape)} there and {list(like.shape)} here: the checkpoint is of another model")
+    if not isinstance(like, DTensor):
+        return torch.empty(shape, dtype=dtype)
     return torch.empty_like(like, dtype=dtype, requires_grad=False)
 
 

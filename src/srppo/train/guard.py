@@ -8,7 +8,6 @@ Words as in diagnose/reward_card.py: demonstration, sample, preference (AUC). Re
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ from srppo.progress import Progress
 from srppo.records import Example, Rollout
 from srppo.rollout.engine import RolloutEngine, Sampling, repeated
 from srppo.run_folder import RunFolder
-from srppo.train.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint, saved_steps
+from srppo.train.checkpoint import Checkpoint, checkpoint_path, drop, load_checkpoint, save_checkpoint, saved_steps
 from srppo.world import world
 
 CHECKPOINTS = "guard-best"  # under checkpoints/
@@ -136,7 +135,7 @@ class Guard:
         now = self._see(round)
         self.looks.append(now)
         if best_of(self.looks) is now and self._config.guard.keep == "best":
-            weights = Checkpoint(round, {"policy": self._roles.state("policy")}, {})
+            weights = Checkpoint(round, {"policy": self._roles.weights("policy")}, {})
             save_checkpoint(self._folder, weights, keep=len(saved_steps(self._folder)) + 1)
             self.tidy()
         alarm = alarming(self.looks)
@@ -232,7 +231,7 @@ class Guard:
         needed = {best_of(looks).round for looks in known if looks}
         for round in saved_steps(self._folder):
             if round not in needed:
-                shutil.rmtree(checkpoint_path(self._folder, round))
+                drop(checkpoint_path(self._folder, round))
 
     # --- the end
 
@@ -263,7 +262,7 @@ class Guard:
     def _put_back(self, round: int) -> bool:
         """Put a look's weights into the role `policy`; where they are gone or damaged, say so and leave the last round's."""
         try:
-            weights = load_checkpoint(self._folder, round).tensors.get("policy")
+            weights = load_checkpoint(self._folder, round, {"policy": self._roles.weights("policy")}).tensors.get("policy")
         except RunFolderError:
             weights = None
         if weights is None:

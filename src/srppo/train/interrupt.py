@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, taken at safe points: the first asks the loop to save and stop, a second stops at once."""
+"""Ctrl-C and SIGTERM (a scheduler's pre-emption), taken at safe points: one asks the loop to save and stop, a second stops at once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from typing import Any
 from srppo.errors import TrainingStopped
 from srppo.world import world
 
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + signal: what a shell reports for a program that it ended
+
 
 class Interrupted(TrainingStopped):
-    """The user or the scheduler stopped the run; the state was saved."""
+    """The user or the scheduler stopped the run; the state was saved. The exit code is 130 after Ctrl-C and 143 after SIGTERM."""
 
-    exit_code = 130
+    exit_code = CODES[signal.SIGINT]
+
+
+class Terminated(KeyboardInterrupt):
+    """A second SIGTERM: stop at once, whatever is lost."""
 
 
 class StopRequested(Exception):
@@ -27,6 +33,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = False
+        self.signal = signal.SIGINT  # that came first
         self._previous: dict[int, Any] = {}  # what signal.signal returned
 
     def __enter__(self) -> Interrupt:
@@ -39,17 +46,21 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        if isinstance(error, Interrupted):
+            error.exit_code = CODES[self.signal]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        message = "\nstopping: the work at hand is finished and saved first. Ctrl-C again stops at once, back to the last checkpoint.\n"
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        self.requested, self.signal = True, signal.Signals(number)
+        again = "Ctrl-C again" if number == signal.SIGINT else "Another SIGTERM"
+        message = f"\nstopping: the work at hand is finished and saved first. {again} stops at once, back to the last checkpoint.\n"
         os.write(2, message.encode())  # print is not safe in a signal handler
 
     def check(self) -> None:
         """Raise StopRequested where a signal came in, to any of the run's processes: all ask at the same points, and all stop."""
-        if world().any(self.requested):
+        if found := world().most(int(self.signal) if self.requested else 0):
+            self.signal = signal.Signals(found)
             raise StopRequested
 
     def poll(self, *_: object) -> None:

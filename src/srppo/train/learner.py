@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from srppo.models.sharding import own, squared_norm
-from srppo.models.weights import snapshot
 from srppo.records import LossOutput
 from srppo.world import world
 
@@ -93,12 +92,16 @@ class Learner:
         return StepResult(total / max(denominator, 1), means, norm, skipped)
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's moments under `parameter/slot` names, on the CPU."""
+        """The optimizer's moments under `parameter/slot` names: themselves, for a checkpoint that is written at once."""
         tensors = {}
         for name, parameter in self.parameters.items():
             for slot, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}/{slot}"] = torch.as_tensor(value)
-        return snapshot(tensors)
+                tensors[f"{name}/{slot}"] = torch.as_tensor(value).detach()
+        return tensors
+
+    def places(self) -> dict[str, Tensor]:
+        """Under the names of `state`, tensors that are spread over processes as the moments are, once there are any."""
+        return {f"{name}/{slot}": p.detach() for name, p in self.parameters.items() for slot in ("exp_avg", "exp_avg_sq")}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `state`."""
