@@ -21,9 +21,10 @@ HOLES = {"full": 1.4, "lora": 1.6}
 HOLES_CHECKPOINTING = 2.3  # where a layer's activations are made and let go again and again
 PREFILL_TOKENS = 8192  # rollout/decode.py: prompt tokens of one pass
 VLLM_BLOCK = 128  # tokens by which vLLM's cache is divided on a CPU (rollout/vllm_engine.py)
-# Layers whose full weights are there at once: one that runs, and the buffer into which another is gathered; on a GPU, whose streams have
-# memory of their own, one more. Of gradients: a layer's, and the buffer from which the one above is scattered. (FSDP2, torch 2.13)
-GATHERED_CPU, GATHERED_GPU, SCATTERED = 2, 3, 2
+# Layers whose full weights are there at once, buffers of all-gathers included: of a forward pass (while a layer is copied out of its
+# buffer that of the layer before is still there), of a backward pass; and layers whose full gradients are, with the buffer from which
+# they are scattered. FSDP2 of torch 2.13 on a CPU, counted (tests); on a GPU, not measured, its streams may keep one more.
+FORWARD, BACKWARD, SCATTERED = 3, 2, 2
 SAVED = "saved model"  # an item of rank 0 alone
 FIT_TOKENS = 4096  # records.Features.parts: tokens of which a critic's fit holds the features at once
 
@@ -160,7 +161,7 @@ def phases(
             return items
         root = model.root - (model.counts.head if role == "critic" else 0)
         head = 0 if role == "critic" else model.counts.head or model.counts.embedding  # its gradient waits for the embedding's
-        return items + in_flight(model, root, each if s.full else frozen, activations, gpu=gpu, head=head if s.full else None)
+        return items + in_flight(model, root, each if s.full else frozen, activations, head if s.full else None)
 
     def copies(*roles: str) -> list[Item]:
         """checkpoint.py: weights and moments of what is trained, cloned to the CPU, all at once."""
@@ -206,7 +207,7 @@ def phases(
     everyone = (*resting, *learners, *beside, *statistics)
     prefixes, states = kept_states(model, settings, lengths, p)
     passing = passes["score"].peak
-    flying = in_flight(model, model.root, max(frozen, each if s.full and s.critic == "own" else 0), passing, gpu=gpu) if sharded else []
+    flying = in_flight(model, model.root, max(frozen, each if s.full and s.critic == "own" else 0), passing) if sharded else []
     word = (Item("all", "activations", passing), *flying)
     out += [
         Phase("rollout", (*everyone, *decoding("policy", rows, -(-rows // s.samples_per_prompt)))),
@@ -227,16 +228,17 @@ def phases(
     return out
 
 
-def in_flight(model: Model, root: int, each: int, activations: int, *, gpu: bool, head: int | None = None) -> list[Item]:
+def in_flight(model: Model, root: int, each: int, activations: int, head: int | None = None) -> list[Item]:
     """What FSDP2 holds beyond its shares while a pass runs: the root's weights, those of a few layers, and in a training pass (head:
     parameters whose gradient comes first and is kept to the end) gradients that are not scattered yet.
 
     Before the first layer and after the last, when activations are not there yet or gone, the root is there twice: with the buffer
     it was gathered into, or as gradients and the buffer from which they are scattered.
     """
-    gathered = (root + (GATHERED_GPU if gpu else GATHERED_CPU) * model.layer) * each
+    layers = FORWARD if head is None else BACKWARD
+    gathered = (root + layers * model.layer) * each
     gradients = 0 if head is None else (head + SCATTERED * model.layer) * each
-    ends = 2 * root * each + (model.layer * each if head is None else 0)
+    ends = 2 * root * each + (2 * model.layer * each if head is None else 0)
     beyond = max(0, ends - gathered - gradients - activations)
     items = [Item("all", "gathered weights", gathered + beyond)]
     return items if head is None else [*items, Item("all", "unsharded gradients", gradients)]
