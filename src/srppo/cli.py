@@ -203,7 +203,9 @@ def diagnose(
 @cli.command(cls=RunCommand, short_help="Memory and time of a run, before it is run: does it fit?")
 @click.argument("recipe", required=False)
 @click.option("--gpu", help="Plan for this card instead of what is here: a100, h100, h200, l40s, rtx4090 …")
-@click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="Plan for so many of them.")
+@click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="So many on each machine, a process each.")
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), help="So many machines.")
+@click.option("--network", type=click.FloatRange(0, min_open=True), help="Gbit/s of a machine to the others, over the table's.")
 @click.option("--gpu-memory", help="A card's memory, over the table's or the present one's: 80GB, 24GiB.")
 @click.option("--response-tokens", type=click.FloatRange(1), help="Mean length of the responses to come, for the time.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as one JSON object on standard output, and nothing else there.")
@@ -214,6 +216,8 @@ def plan(
     recipe: str | None,
     gpu: str | None,
     gpus: int,
+    nodes: int,
+    network: float | None,
     gpu_memory: str | None,
     response_tokens: float | None,
     as_json: bool,
@@ -226,7 +230,7 @@ def plan(
     config = _config(ctx, recipe, flags)
     from srppo.planning.run import run_plan
 
-    planned = run_plan(config, gpu=gpu, gpus=gpus, gpu_memory=gpu_memory, response_tokens=response_tokens)
+    planned = run_plan(config, gpu=gpu, gpus=gpus, nodes=nodes, gpu_memory=gpu_memory, network=network, response_tokens=response_tokens)
     if as_json:
         import json
 
@@ -234,7 +238,7 @@ def plan(
         return
     from srppo.planning.tell import tell
 
-    tell(planned.plan, planned.remedy, planned.lengths_from, sys.stdout)
+    tell(planned, sys.stdout)
 
 
 @cli.command(cls=RunCommand, short_help="Evaluate a run again, or another model by its rules.")
