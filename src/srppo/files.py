@@ -46,7 +46,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; results are shared like any other file
+            os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes private files; results are shared like any other file
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -157,7 +157,8 @@ def _lines(records: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(plain(r), ensure_ascii=False) + "\n" for r in records).encode("utf-8", "replace")
 
 
-def _umask() -> int:
-    current = os.umask(0)
+def current_umask() -> int:
+    """The permissions that new files do not get."""
+    current = os.umask(0o077)  # it can only be read by setting it: for a moment stricter than any, never looser
     os.umask(current)
     return current

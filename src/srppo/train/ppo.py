@@ -20,7 +20,7 @@ from srppo.profiling.trace import traced
 from srppo.progress import Progress
 from srppo.records import Experience, Prompt
 from srppo.rewards import CoherentReward, PreferenceReward
-from srppo.rollout.engine import RolloutEngine, Sampling
+from srppo.rollout.engine import EngineLost, RolloutEngine, Sampling
 from srppo.run_folder import RunFolder
 from srppo.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, saved_steps
 from srppo.train.compute import Compute
@@ -115,7 +115,7 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
         state.guard.begin(None)
     run.truncate_metrics(state.iteration if steps else -1, "ppo")
 
-    phases, begun_at = state.phases, state.iteration
+    phases, begun_at, logged = state.phases, state.iteration, state.iteration
 
     def save() -> None:
         with phases("checkpoint"):
@@ -147,9 +147,14 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
                         metrics |= state.guard.look(iteration)
                 metrics |= phases.take() | ({"timing/profiled": 1.0} if profiled else {})
                 run.log({"stage": "ppo", "iteration": iteration, **metrics})
+                logged = iteration
                 ticker.advance(iteration, **_shown(metrics))
                 if over() or (ppo.checkpoint_every and iteration % ppo.checkpoint_every == 0):
                     save()
+    except EngineLost as lost:
+        if state.iteration == logged:  # lost while sampling the next round, of which nothing is kept
+            save()
+        raise EngineLost(f"PPO stopped after round {logged} of {ppo.iterations}: {lost}") from None
     except StopRequested:
         save()
         raise Interrupted(
