@@ -245,7 +245,11 @@ def test_patience_begins_anew_with_every_answer() -> None:
     with pytest.raises(GivenUp, match="a has not answered for 10 s"):
         deal.fails("a", "x")
     events = [deal.next(0) for _ in range(4)]
-    assert [type(e) for e in events] == [Said, Answered, Said, Said] and events[1] == Answered(0, [5], [-1.0])
+    assert [type(e) for e in events] == [Said, Answered, Said, type(None)] and events[1] == Answered(0, [5], [-1.0])
+    assert "is back after 9.0 s" in events[2].text  # type: ignore[union-attr]
+    clock.now = 60.0
+    deal.works("a")  # nobody was told that it failed again
+    assert deal.next(0) is None
 
 
 def test_one_of_two_may_fail_for_ever() -> None:

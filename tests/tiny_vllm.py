@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from srppo.models.tokens import SpecialTokens
 from srppo.records import Rollout
 from srppo.rollout.engine import Sampling
 from srppo.rollout.torch_engine import TorchEngine
@@ -153,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         if body["prompt"] == server.poison:
             self.answer(500, {"error": {"message": "poison"}})
             return
-        assert body["logprobs"] == 0 and body["return_token_ids"] and body["ignore_eos"] and body["stop_token_ids"] == [3, 7, 11]
+        assert body["logprobs"] == 0 and body["return_token_ids"] and body["ignore_eos"] and body["stop_token_ids"]
         if body["model"] != "base" and body["model"] not in server.adapters:
             self.answer(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
             return
@@ -164,7 +165,8 @@ class Handler(BaseHTTPRequestHandler):
             server.model = tiny_model("llama")
             server.model.load_state_dict(plain)
         sampling = Sampling(body["max_tokens"], temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"])
-        rollout = TorchEngine(Special(), 4).generate(model, [body["prompt"]], [body["seed"]], sampling)  # type: ignore[arg-type]
+        special = SpecialTokens(0, tuple(body["stop_token_ids"]))
+        rollout = TorchEngine(special, 4).generate(model, [body["prompt"]], [body["seed"]], sampling)
         scores = rollout.behaviour_logprobs[0].tolist()
         server.answered += 1
         self.answer(200, {"choices": [{"token_ids": rollout.response_ids(0), "logprobs": {"token_logprobs": scores}}]})

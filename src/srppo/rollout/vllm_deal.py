@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0  # seconds between two tries
 LEAST_TRIES = 4  # of one row, before it is given up
+QUIET = 30.0  # seconds between two words about one server
 
 
 def pause_after(failures: int) -> float:
@@ -52,6 +53,7 @@ class Deal:
         self._waiting, self._open = deque(range(rows)), rows
         self._events: deque[Event] = deque()
         self._failing: dict[str, float] = {}  # server -> since when
+        self._told: dict[str, float] = {}  # server -> when its failing was last told
         self._tries: dict[int, tuple[int, float]] = {}  # row -> failures, since when
         self._changed = threading.Condition()
         self._stopped = False
@@ -74,7 +76,7 @@ class Deal:
         """The server has done what it was asked."""
         with self._changed:
             since = self._failing.pop(server, None)
-            if since is not None:
+            if since is not None and self._told.get(server, -math.inf) >= since:
                 self._post(Said(f"the vLLM server at {server} is back after {self._clock() - since:.1f} s"))
 
     def hand_back(self, row: int, reason: str) -> float:
@@ -95,10 +97,12 @@ class Deal:
             now = self._clock()
             if server not in self._failing:
                 self._failing[server] = now
-                others = self._servers - len(self._failing)
+            others = self._servers - len(self._failing)
+            if now - self._told.get(server, -math.inf) >= QUIET:
+                self._told[server] = now
                 goes_on = "its rows go to the others meanwhile" if others else f"it is asked again for {self.patience:g} s"
                 self._post(Said(f"the vLLM server at {server} does not answer ({reason}); {goes_on}"))
-            if len(self._failing) == self._servers and now - max(self._failing.values()) >= self.patience:
+            if not others and now - max(self._failing.values()) >= self.patience:
                 raise GivenUp(f"the vLLM server at {server} has not answered for {self.patience:g} s ({reason})")
 
     def fail(self, error: BaseException) -> None:
