@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from srppo.errors import RunFolderError
+from srppo.links import open_here
 
 _ADVICE = {
     errno.ENOSPC: "no space is left on the device; free some, or choose another --output; then continue with --resume",
@@ -22,6 +23,7 @@ _ADVICE = {
     errno.EACCES: "permission denied; choose an --output that you may write to",
     errno.EPERM: "the operation is not permitted; choose an --output that you may write to",
     errno.ENOTDIR: "a part of this path is a file, not a folder; choose another --output",
+    errno.ELOOP: "it is a link, and srppo writes through none inside a run folder; put the file itself there",
     errno.EEXIST: "a file of this name is in the way; choose another --output",
 }
 
@@ -68,7 +70,7 @@ def append_lines(path: str | Path, records: list[dict[str, Any]]) -> None:
     """Add records to a jsonl file. Where that fails the file keeps its old length: no half line."""
     content = _lines(records)
     # Unbuffered: a buffer would write what is left of a refused line when the file is closed, after the truncation.
-    with write_errors(path), open(path, "ab", buffering=0) as stream:
+    with write_errors(path), open(path, "ab", buffering=0, opener=_no_link) as stream:
         size, written = stream.tell(), 0
         try:
             while written < len(content):
@@ -151,6 +153,10 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     return str(value)
+
+
+def _no_link(path: str, flags: int) -> int:
+    return open_here(Path(path), flags)
 
 
 def _lines(records: list[dict[str, Any]]) -> bytes:
