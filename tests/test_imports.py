@@ -16,6 +16,7 @@ ROOT = Path(srppo.__file__).parent
 LAYERS = {
     "errors": 0,
     "world": 0,
+    "yaml_text": 0,
     "section": 0,
     "sections": 0,
     "config": 0,
@@ -30,6 +31,9 @@ LAYERS = {
     "text": 2,
     "titles": 2,
     "files": 2,
+    "limits": 2,
+    "links": 2,
+    "terminal": 2,
     "environment": 2,
     "machine": 2,
     "allocator": 2,
@@ -158,7 +162,7 @@ def test_maths_imports_only_maths(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if m.split(".")[0] == "report"))
 def test_report_reads_run_folders_and_knows_no_trainer(module: str) -> None:
-    allowed = {"report", "intervals", "files", "run_folder", "text", "titles", "errors", ""}
+    allowed = {"report", "intervals", "files", "links", "yaml_text", "run_folder", "text", "titles", "errors", ""}
     assert {n.split(".")[0] for n in own(imported(MODULES[module]))} <= allowed
 
 

@@ -226,11 +226,11 @@ def test_a_real_server(tmp_path: Path) -> None:
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    line, until = Connection(url, timeout=5), time.monotonic() + 300
+    line, until = Connection(url), time.monotonic() + 300
     while time.monotonic() < until:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
-            line.ask("/v1/models")
+            line.ask("/v1/models", timeout=5)
             return
         except Gone:
             time.sleep(0.5)

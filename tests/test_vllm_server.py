@@ -2,157 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from srppo.config import build
 from srppo.errors import ConfigError, DataError, ModelError
-from srppo.records import Rollout
-from srppo.rollout.engine import Sampling
-from srppo.rollout.torch_engine import TorchEngine
+from srppo.rollout.engine import EngineLost, Sampling
 from srppo.rollout.vllm_http import ServerError
 from srppo.rollout.vllm_make import check_vllm, vllm_engine
 from srppo.rollout.vllm_server import VLLMServerEngine
 from tiny_models import save_tiny, standard_roles, tiny_model, train_role
-
-PROMPTS = [[20, 21, 22], [30, 31], [40] * 7, [50]] * 3
-SEEDS = list(range(100, 112))
-
-
-class Special:
-    pad_id = 0
-    eos_ids = (3, 7, 11)
-
-
-class FakeServer(ThreadingHTTPServer):
-    """Serves what it was last told to load. Faults are switched on by the tests."""
-
-    daemon_threads = True
-
-    def __init__(self, lora: bool = True) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.lora, self.dev, self.limit = lora, True, 256
-        self.failures: list[int] = []  # statuses of the next answers to completions; 0 hangs up
-        self.answered, self.loads, self.resets = 0, 0, 0
-        self.guard = threading.Lock()
-        self.forget()
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def forget(self) -> None:
-        """What a restart does: nothing loaded is left, and all connections are cut."""
-        self.model: Any = tiny_model("llama", seed=99)
-        self.version, self.adapters = "default", dict[str, Any]()
-        self.life = getattr(self, "life", 0) + 1  # last: who sees the new one sees all of it
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # clients may hang up
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: FakeServer
-
-    def setup(self) -> None:
-        super().setup()
-        self.life = self.server.life
-
-    def cut(self) -> bool:
-        """Whether the server was restarted since this connection was made."""
-        if self.life == self.server.life:
-            return False
-        self.close_connection = True
-        self.connection.close()
-        return True
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def answer(self, status: int, content: Any = None) -> None:
-        text = b"" if content is None else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def do_GET(self) -> None:
-        server = self.server
-        if self.cut():
-            return
-        if self.path == "/v1/models":
-            own = {"id": "base", "parent": None, "max_model_len": server.limit}
-            self.answer(200, {"data": [own, *({"id": name, "parent": "base"} for name in server.adapters)]})
-        elif self.path == "/weight_info" and server.dev:
-            self.answer(200, {"weight_version": server.version})
-        else:
-            self.answer(404, {"detail": "Not Found"})
-
-    def do_POST(self) -> None:
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.guard:
-            if self.cut():
-                return
-            match self.path:
-                case "/v1/completions":
-                    self.complete(body)
-                case "/collective_rpc":
-                    assert body["method"] == "reload_weights"
-                    server.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
-                    server.loads += 1
-                    self.answer(200, {"results": [None]})
-                case "/reset_prefix_cache":
-                    server.resets += 1
-                    self.answer(200, {"success": True})
-                case "/update_weight_version":
-                    server.version = body["new_version"]
-                    self.answer(200, {})
-                case "/v1/load_lora_adapter" if server.lora:
-                    server.adapters[body["lora_name"]] = body["lora_path"]
-                    self.answer(200)
-                case "/v1/unload_lora_adapter" if server.lora:
-                    known = server.adapters.pop(body["lora_name"], None)
-                    self.answer(200 if known else 404, None if known else {"error": {"message": "The lora adapter cannot be found."}})
-                case _:
-                    self.answer(404, {"detail": "Not Found"})
-
-    def complete(self, body: dict[str, Any]) -> None:
-        server = self.server
-        if server.failures:
-            status = server.failures.pop(0)
-            if status == 0:
-                server.forget()
-                self.cut()
-            else:
-                self.answer(status, {"error": {"message": "as the test wants it"}})
-            return
-        assert body["logprobs"] == 0 and body["return_token_ids"] and body["ignore_eos"] and body["stop_token_ids"] == [3, 7, 11]
-        if body["model"] != "base" and body["model"] not in server.adapters:
-            self.answer(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
-            return
-        model = server.model
-        if body["model"] != "base":
-            plain = {n: t.clone() for n, t in model.state_dict().items()}
-            model = PeftModel.from_pretrained(model, server.adapters[body["model"]]).merge_and_unload()
-            server.model = tiny_model("llama")
-            server.model.load_state_dict(plain)
-        sampling = Sampling(body["max_tokens"], temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"])
-        rollout = TorchEngine(Special(), 4).generate(model, [body["prompt"]], [body["seed"]], sampling)  # type: ignore[arg-type]
-        scores = rollout.behaviour_logprobs[0].tolist()
-        server.answered += 1
-        self.answer(200, {"choices": [{"token_ids": rollout.response_ids(0), "logprobs": {"token_logprobs": scores}}]})
+from tiny_vllm import PROMPTS, SEEDS, FakeServer, Special, engine_for, expect
 
 
 @pytest.fixture
@@ -167,20 +31,6 @@ def other() -> Iterator[FakeServer]:
     with FakeServer() as fake:
         yield fake
         fake.shutdown()
-
-
-def engine_for(tmp_path: Path, *servers: FakeServer, patience: float = 5.0, rows: int = 4) -> VLLMServerEngine:
-    return VLLMServerEngine(Special(), [s.url for s in servers], rows, tmp_path / "shared", patience)  # type: ignore[arg-type]
-
-
-def expect(engine: VLLMServerEngine, model: Any) -> Rollout:
-    """What the torch engine says of the same rows, for the model as it is now."""
-    rollout = engine.generate(model, PROMPTS, SEEDS, Sampling(8))
-    right = TorchEngine(Special(), 16).generate(model, PROMPTS, SEEDS, Sampling(8))  # type: ignore[arg-type]
-    assert torch.equal(rollout.responses, right.responses) and torch.equal(rollout.mask, right.mask)
-    assert torch.equal(rollout.ended, right.ended)
-    torch.testing.assert_close(rollout.behaviour_logprobs, right.behaviour_logprobs, atol=1e-4, rtol=0)
-    return rollout
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -227,7 +77,7 @@ def test_several_servers_share_the_rows(tmp_path: Path, server: FakeServer, othe
     model, seen = tiny_model("llama", seed=5), []
     engine = engine_for(tmp_path, server, other)
     rollout = engine.generate(model, PROMPTS, SEEDS, Sampling(8), [9] * 12, lambda done, total: seen.append((done, total)))
-    assert rollout.prompt_index == [9] * 12 and seen == [(i, 12) for i in range(1, 13)]
+    assert rollout.prompt_index == [9] * 12 and list(dict.fromkeys(seen)) == [(i, 12) for i in range(1, 13)]
     assert server.answered and other.answered and server.answered + other.answered == 12
     assert server.loads == other.loads == 1 and server.version == other.version != "default"
     expect(engine, model)
@@ -267,7 +117,7 @@ def test_what_no_retry_would_change_is_an_error(tmp_path: Path, server: FakeServ
     with torch.no_grad():
         model.lm_head.weight[5] = torch.nan
     server.limit, server.failures = 256, []
-    with pytest.raises((ServerError, ModelError)):
+    with pytest.raises((EngineLost, ModelError)):
         engine_for(tmp_path, server, patience=0.1).generate(model, PROMPTS, SEEDS, Sampling(8))
 
 
@@ -276,7 +126,7 @@ def test_a_server_that_is_gone(tmp_path: Path) -> None:
         url = fake.url
         fake.shutdown()
     engine = VLLMServerEngine(Special(), [url], 4, tmp_path, patience=0.4)  # type: ignore[arg-type]
-    with pytest.raises(ServerError, match=r"has not answered for 0.4 s .*Is it running\?.*--resume"):
+    with pytest.raises(EngineLost, match=r"has not answered for 0.4 s .*Is it running\?.*--resume"):
         engine.generate(tiny_model("llama"), PROMPTS, SEEDS, Sampling(8))
 
 
@@ -310,9 +160,12 @@ def test_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check_vllm(config(engine="vllm", server=["http://a:1", "localhost:8000"]))
     served = config(engine="vllm", server=["http://a:1/v1/", "http://b:2"])
     check_vllm(served)  # no vLLM needed here
+    for wrong in ("http://a:port", "http://[::1", "ftp://a:1", "http://a:1?x", "http://a b:1", "http://a:1/\r\nX: y", "http://me:pass@a:1"):
+        with pytest.raises(ConfigError, match="address"):
+            check_vllm(config(engine="vllm", server=wrong))
     engine = vllm_engine(served, Special(), 10, torch.device("cpu"))  # type: ignore[arg-type]
     assert isinstance(engine, VLLMServerEngine) and [s.url for s in engine.servers] == ["http://a:1", "http://b:2"]
-    assert engine._place == tmp_path / "run" / "vllm"
+    assert engine.handover.place == tmp_path / "run" / "vllm"
     for wrong in ({"rows": 0, "urls": ["http://a:1"]}, {"rows": 1, "urls": []}):
         with pytest.raises(ConfigError, match="rollout"):
             VLLMServerEngine(Special(), folder=tmp_path, **wrong)  # type: ignore[arg-type]

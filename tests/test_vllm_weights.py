@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from srppo.rollout.vllm_server import write_weights
+from srppo.rollout.vllm_handover import write_weights
 from srppo.rollout.vllm_weights import Mark, TiedAdapter, active_adapter, named_weights, plain_tensors, write_config
 from tiny_models import save_tiny, standard_roles, tiny_batch, tiny_model, train_role
 

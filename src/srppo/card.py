@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from srppo.config import RewardConfig, RunConfig
-from srppo.text import counted
+from srppo.text import code, counted
 
 _LEARNED = "supervised fine-tuning on demonstrations, then PPO with a preference-trained reward model (arXiv 2203.02155)"
 _WHAT = {
@@ -24,12 +24,12 @@ def model_card(config: RunConfig, role: str, trained: Mapping[str, Any] | None =
     """
     reward, ppo = config.reward, config.ppo
     lines = [
-        f"# {config.model.name}, aligned from demonstrations",
+        f"# {code(config.model.name)}, aligned from demonstrations",
         "",
-        f"Made by srppo {version('srppo')} from `{config.model.name}` by {_what(config, role)}.",
+        f"Made by srppo {version('srppo')} from {code(config.model.name)} by {_what(config, role)}.",
         "",
         f"- tuning: {config.tuning.kind}" + (f" (rank {config.tuning.lora_rank})" if config.tuning.kind == "lora" else ""),
-        f"- demonstrations: {config.data.demonstrations}",
+        f"- demonstrations: {code(config.data.demonstrations)}",
         f"- seed: {config.seed}",
     ]
     if role == "policy":
@@ -72,11 +72,11 @@ def _kept(trained: Mapping[str, Any]) -> str:
 
 def _reward_line(reward: RewardConfig) -> str:
     if reward.kind == "preference_model":
-        return f"- reward: the score of `{reward.preference_model}`"
+        return f"- reward: the score of {code(reward.preference_model)}"
     numerator = ""
     if isinstance(reward.checkpoint, float):
         numerator = f" (pi_sft after {100 * reward.checkpoint:g} % of the SFT)"
     elif reward.checkpoint not in ("auto", "sft"):
-        numerator = f" (pi_sft from `{reward.checkpoint}`)"
+        numerator = f" (pi_sft from {code(reward.checkpoint)})"
     how = f"placement {reward.placement}, length normalisation {reward.length_normalization}"
     return f"- reward: log pi_sft - log pi_base{numerator}, {how}"

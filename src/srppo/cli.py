@@ -16,6 +16,7 @@ import click
 from srppo import __version__
 from srppo.errors import ConfigError, SrppoError
 from srppo.flags import RunCommand, parse_overrides
+from srppo.terminal import guard_terminal
 from srppo.text import clean
 
 if TYPE_CHECKING:
@@ -300,6 +301,7 @@ def demo(ctx: click.Context, seed: int, output: str, resume: bool, overwrite: bo
 @click.option("--raw", is_flag=True, help="Continue prompts as they are, without a chat template.")
 @click.option("--seed", default=0, show_default=True, help="Decides the samples.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda …")
+@click.option("--trust", is_flag=True, help="Allow the code and pickle weights that the run's configuration allows.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line: prompt, completion, tokens, ended.")
 @click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors.")
 def generate(model: str, prompts: tuple[str, ...], file: str | None, as_json: bool, **settings: Any) -> None:
@@ -318,7 +320,7 @@ def report(run: str) -> None:
     """Write report.html and the plots anew from what a run folder holds (also of an unfinished run)."""
     from srppo.report import write_report
 
-    click.echo(write_report(run))
+    click.echo(clean(str(write_report(run))))
 
 
 @cli.command(cls=RunCommand, short_help="Every key of a recipe, documented.")
@@ -332,7 +334,8 @@ def config(ctx: click.Context, recipe: str | None, **flags: str | None) -> None:
     if recipe is None and not any(v is not None for v in flags.values()):
         click.echo(template(), nl=False)
     else:
-        click.echo(dump(_config(ctx, recipe, flags)), nl=False)
+        text = dump(_config(ctx, recipe, flags))
+        click.echo(clean(text) if sys.stdout.isatty() else text, nl=False)  # a file gets every character, a terminal none that harms
 
 
 @cli.group()
@@ -378,6 +381,7 @@ def world(output: str, seed: int) -> None:
 
 def main() -> None:
     """The console script."""
+    guard_terminal()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, `>&-`
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for as long as the process lives

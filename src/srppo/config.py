@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from srppo.sections import (
     SFTConfig,
     TuningConfig,
 )
+from srppo.yaml_text import parse_yaml
 
 __all__ = [
     "DataConfig",
@@ -164,7 +164,7 @@ def _explain(error: ValidationError) -> list[str]:
             found[".".join(parts)] = _unknown(".".join(parts))
             continue
         if item["type"] == "invalid_key":
-            name = ".".join([*parts[:-1], yaml.safe_dump(item["input"]).split("\n")[0]])
+            name = ".".join([*parts[:-1], _shown(item["input"])])
             found[name] = f"the key {name} is not text, so it is none of ours; `srppo config` lists them all"
             continue
         while parts and ".".join(parts) not in keys:
@@ -175,8 +175,17 @@ def _explain(error: ValidationError) -> list[str]:
             message = "Input should be a section: keys and values of its own"
         wanted.setdefault(key, []).append(message)
         joined = " or ".join([wanted[key][0], *(m.removeprefix("Input should be ") for m in dict.fromkeys(wanted[key][1:]))])
-        found[key] = f"{key}: {joined[0].lower()}{joined[1:]}, got {item['input']!r}" if key else joined
+        found[key] = f"{key}: {joined[0].lower()}{joined[1:]}, got {_shown(item['input'])}" if key else joined
     return list(found.values())
+
+
+def _shown(value: Any) -> str:
+    """A wrong value as its user wrote it, or nearly."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number too long to be shown"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _unknown(key: str) -> str:
@@ -199,29 +208,6 @@ def merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
             node = node[part]
         node[leaf] = value
     return out
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-5 is a number (YAML 1.1 wants 1.0e-5), and a key given twice is an error, not a silent loss."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-
-
-def parse_yaml(text: str) -> Any:
-    """A YAML document or flag value. Raises yaml.YAMLError."""
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except (ValueError, RecursionError) as error:  # a date such as 2026-13-45, a number of thousands of digits, lists in lists in lists
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:

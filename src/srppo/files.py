@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from srppo.errors import RunFolderError
+from srppo.links import open_here
 from srppo.world import world
 
 _ADVICE = {
@@ -23,6 +24,7 @@ _ADVICE = {
     errno.EACCES: "permission denied; choose an --output that you may write to",
     errno.EPERM: "the operation is not permitted; choose an --output that you may write to",
     errno.ENOTDIR: "a part of this path is a file, not a folder; choose another --output",
+    errno.ELOOP: "it is a link, and srppo writes through none inside a run folder; put the file itself there",
     errno.EEXIST: "a file of this name is in the way; choose another --output",
 }
 
@@ -52,7 +54,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; results are shared like any other file
+            os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes private files; results are shared like any other file
             os.replace(temporary, path)
             sync_folder(path.parent)
         except BaseException:
@@ -100,7 +102,7 @@ def append_lines(path: str | Path, records: list[dict[str, Any]]) -> None:
         return
     content = _lines(records)
     # Unbuffered: a buffer would write what is left of a refused line when the file is closed, after the truncation.
-    with write_errors(path), open(path, "ab", buffering=0) as stream:
+    with write_errors(path), open(path, "ab", buffering=0, opener=_no_link) as stream:
         size, written = stream.tell(), 0
         try:
             while written < len(content):
@@ -185,11 +187,16 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def _no_link(path: str, flags: int) -> int:
+    return open_here(Path(path), flags)
+
+
 def _lines(records: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(plain(r), ensure_ascii=False) + "\n" for r in records).encode("utf-8", "replace")
 
 
-def _umask() -> int:
-    current = os.umask(0)
+def current_umask() -> int:
+    """The permissions that new files do not get."""
+    current = os.umask(0o077)  # it can only be read by setting it: for a moment stricter than any, never looser
     os.umask(current)
     return current

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from srppo.rollout.torch_engine import TorchEngine
 from srppo.run_config import load_run_config
 from srppo.run_folder import is_run
 from srppo.seeding import stream_seed
-from srppo.text import clean
+from srppo.text import clean, json_text
 
 STAGES = ("policy", "sft")  # of a run folder, the first that is there
 SHOWN = 100  # characters of a prompt in a heading
@@ -54,15 +53,17 @@ def generate_text(
     raw: bool = False,
     seed: int = 0,
     device: str = "auto",
+    trust: bool = False,
 ) -> list[Completion]:
     """`samples` answers to each prompt, in order.
 
     model: a run folder (its policy, else its SFT model), a folder inside one, another Hugging Face or adapter folder, or a hub id.
     file: more prompts: a text file with one a line, or whatever else holds prompts for training. base: an adapter's base model.
+    trust: do what a run's configuration allows of code that comes with a model, and of pickle weights; without it neither is.
     raw: string prompts are continued as they are. Otherwise a run's own way holds, or the chat template where the tokenizer has one.
     Raises SrppoError: no such model, a wrong base, prompts that cannot be read or leave no room.
     """
-    config, role, folder = _plan(model, base, device)
+    config, role, folder = _plan(model, base, device, trust)
     roles = build_roles(config)
     if folder is not None:
         roles.load(role, folder)
@@ -91,7 +92,7 @@ def print_completions(completions: Sequence[Completion], *, as_json: bool = Fals
     """To stdout: JSON lines, or text stripped of control characters, under its prompt where there are several."""
     for number, item in enumerate(completions, 1):
         if as_json:
-            print(json.dumps(asdict(item), ensure_ascii=False))
+            print(json_text(asdict(item)))
         else:
             if len(completions) > 1:
                 prompt = " ".join(clean(item.prompt).split())
@@ -112,12 +113,16 @@ def _trained_by(model: str) -> Path | None:
     return next((p for p in (path, *path.resolve().parents) if is_run(p)), None) if path.is_dir() else None
 
 
-def _plan(model: str, base: str | None, device: str) -> tuple[RunConfig, str, str | None]:
+def _plan(model: str, base: str | None, device: str, trust: bool) -> tuple[RunConfig, str, str | None]:
     """The configuration to load with, the role that answers, and the folder to load that role from (None: it is the base)."""
     run, place = _trained_by(model), os.path.expanduser(model)
     if not os.path.exists(place) and os.path.dirname(place) and os.path.isdir(os.path.dirname(place)):
         raise ModelError(f"{model}: no such folder in {os.path.dirname(place)}")  # a slip in a path, not a hub id to ask the network for
     config = load_run_config(run, _warn) if run else RunConfig()
+    risks = [key for key in ("trust_remote_code", "allow_pickle") if getattr(config.model, key)]
+    if risks and not trust:  # the folder may be somebody else's: who asks for an answer has not agreed to run code
+        words = " and ".join(f"model.{key}" for key in risks)
+        raise ModelError(f"{run}: its configuration sets {words}, so loading it can run code; add --trust if you trust where it comes from")
     if run is not None and is_run(place):
         found = next((run / stage for stage in STAGES if (run / stage).is_dir()), None)
         if found is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from srppo.errors import ConfigError, RunFolderError
+from srppo.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from srppo.config import RunConfig
@@ -51,7 +52,7 @@ def refuse_changes(folder: Path, config_yaml: str, free: Collection[str]) -> Non
 
     path = folder / "config.yaml"
     try:
-        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        old = parse_yaml(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise RunFolderError(f"{path}: damaged ({error}); the run cannot be resumed") from None
     if isinstance(old, dict):

@@ -28,6 +28,7 @@ from srppo.files import (
     write_json,
     write_lines,
 )
+from srppo.links import open_here, refuse_links
 from srppo.run_config import refuse_changes
 from srppo.world import world
 
@@ -140,6 +141,7 @@ class RunFolder:
             _refuse(path, resume, overwrite)  # again: another process may have been quicker
             run.resumed = is_run(path) and not overwrite
             if run.resumed:
+                refuse_links(path)
                 refuse_changes(path, config_yaml, {*HARMLESS, *may_differ})
                 run._tidy()
             else:
@@ -157,7 +159,12 @@ class RunFolder:
         if not is_run(path):
             raise RunFolderError(f"{path}: not a run folder (no config.yaml of srppo in it)")
         run = cls(path, _take_lock(path), True)
-        run._tidy()
+        try:
+            refuse_links(path)
+            run._tidy()
+        except BaseException:
+            run.close()
+            raise
         return run
 
     def close(self) -> None:
@@ -272,7 +279,8 @@ def _refuse(path: Path, resume: bool, overwrite: bool) -> None:
 def _take_lock(path: Path) -> IO[str]:
     """The kernel drops a flock when its process ends, so a crash leaves no stale lock behind."""
     with write_errors(path / LOCK):
-        lock = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  held until the run closes
+        opened = open_here(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        lock = os.fdopen(opened, "a+", encoding="utf-8")  # held until the run closes
     if sys.platform == "win32":
         return lock
     try:

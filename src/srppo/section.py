@@ -18,13 +18,13 @@ def members(annotation: Any) -> set[type]:
     return own.union(*(members(a) for a in inner))
 
 
-def _texts_and_switches(value: Any) -> Iterator[str | bool]:
-    """Every string and boolean in a value, in its lists and mappings too."""
-    if isinstance(value, (str, bool)):
+def _scalars(value: Any) -> Iterator[str | int]:
+    """Every string, boolean and integer in a value, in its lists and mappings too."""
+    if isinstance(value, (str, int)):
         yield value
     elif isinstance(value, (list, dict)):
         for item in [*value, *value.values()] if isinstance(value, dict) else value:
-            yield from _texts_and_switches(item)
+            yield from _scalars(item)
 
 
 class Section(BaseModel):
@@ -33,14 +33,18 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would let pass: true as the number 1, and text that no file, path or tokenizer can hold."""
+        """Refuse what pydantic would let pass: true as the number 1, numbers of hundreds of digits, and text that no file, path or
+        tokenizer can hold."""
         kinds = members(cls.model_fields[info.field_name or ""].annotation)
         if any(issubclass(kind, Section) for kind in kinds):
             return value  # its own keys are looked at in there
-        for found in _texts_and_switches(value):
+        for found in _scalars(value):
             if isinstance(found, bool):
                 if kinds & {int, float} and bool not in kinds:
                     raise ValueError("Input should be a number, not true or false")
+            elif isinstance(found, int):
+                if not -(2**63) <= found < 2**63:
+                    raise ValueError("Input should be a number of at most 64 bits")
             elif re.search("[\0\ud800-\udfff]", found):
                 raise ValueError("Input should be text, without NUL characters and undecodable bytes")
         return value

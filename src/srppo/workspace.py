@@ -233,7 +233,8 @@ def _load(config: RunConfig, progress: Progress, judging: bool) -> Loaded:
     judge: RolloutEngine = card_engine
     if config.rollout.engine == "vllm":
         known = [*prompts, *judged_prompts, *demonstrations.heldout_prompts, *(others.prompts if others else [])]
-        engine = judge = vllm_engine(config, roles.special, longest=max((len(p.ids) for p in known), default=0), device=roles.device)
+        longest = max((len(p.ids) for p in known), default=0)
+        engine = judge = vllm_engine(config, roles.special, longest, roles.device, progress.warn)
     preference_model = None
     if judging:
         everyone = [*prompts, *demonstrations.heldout_prompts]

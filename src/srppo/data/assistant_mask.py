@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from srppo.data.messages import Message, Unusable
+from srppo.limits import bounded
 
 if TYPE_CHECKING:
     from srppo.data.chat import ChatFormat, RenderedPrompt
@@ -23,14 +24,15 @@ def earlier_answers(chat: ChatFormat, messages: list[Message], prompt: RenderedP
     if not any(m["role"] == "assistant" for m in messages):
         return [0] * len(prompt.ids)
     if GENERATION_TAG.search(chat.template):
-        out: Any = chat.tokenizer.apply_chat_template(
-            messages,
-            chat_template=chat.template,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **chat.template_tokens,
-        )
+        with bounded():
+            out: Any = chat.tokenizer.apply_chat_template(
+                messages,
+                chat_template=chat.template,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                **chat.template_tokens,
+            )
         assert out["input_ids"] == prompt.ids
         mask = list(out["assistant_masks"])
     else:

@@ -142,7 +142,7 @@ def read_parquet(path: Path) -> Rows:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowException as error:
         raise DataError(f"not a readable parquet file: {error}", path) from error
-    return [(row, None, str(path)) for row in table.to_pylist()]
+    return _table_rows(table, path)
 
 
 def read_arrow(path: Path) -> Rows:
@@ -156,9 +156,23 @@ def read_arrow(path: Path) -> Rows:
             except pyarrow.ArrowInvalid:
                 mapped.seek(0)
                 table = pyarrow.ipc.open_file(mapped).read_all()
-            rows = table.to_pylist()
+            return _table_rows(table, path)
     except pyarrow.ArrowException as error:
         raise DataError(f"not a readable arrow file: {error}", path) from error
+
+
+def _table_rows(table: Any, path: Path) -> Rows:
+    """An Arrow table's rows. Its offsets are checked first: Arrow itself trusts them, and would read any memory they point to."""
+    import pyarrow
+
+    names = table.column_names
+    if len(set(names)) != len(names):
+        raise DataError(f"the table names a column twice: {', '.join(names)}", path)
+    try:
+        table.validate(full=True)
+        rows = table.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError) as error:  # a date beyond Python's, text that is no UTF-8
+        raise DataError(f"holds values that cannot be read: {type(error).__name__}: {error}", path) from error
     return [(row, None, str(path)) for row in rows]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from srppo.data.messages import Message, Unusable
 from srppo.errors import ConfigError
+from srppo.limits import LONGEST, bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,14 +60,18 @@ def render(
     import jinja2
 
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt, **tokens
-        )
+        with bounded():
+            text = tokenizer.apply_chat_template(
+                list(messages), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt, **tokens
+            )
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None
+    except jinja2.exceptions.SecurityError as error:
+        raise ConfigError(f"the chat template does what no template may, and was stopped: {error.message}") from None
     except jinja2.TemplateError as error:
         raise Unusable(f"the chat template refuses it: {error.message}") from None
     except Exception as error:  # a template computes, and can fail like any program; the cause is kept and shown
         raise ConfigError(f"the chat template is broken: {type(error).__name__}: {error}") from error
-    assert isinstance(text, str)
+    if not isinstance(text, str) or len(text) > LONGEST:
+        raise ConfigError(f"the chat template is broken: it makes a text of more than {LONGEST >> 20} million characters")
     return text

@@ -21,6 +21,7 @@ from srppo.models.source import (
     find_source,
     model_source,
     read_config,
+    refuse_absurd,
     refuse_encoder_decoder,
     refuse_foreign_code,
     refuse_pickle,
@@ -118,6 +119,7 @@ def quiet() -> Iterator[None]:
 def _refuse(source: Source, model: ModelConfig) -> None:
     config = read_config(source)
     refuse_foreign_code(source, config, model.trust_remote_code)
+    refuse_absurd(source, config)
     refuse_encoder_decoder(source, config)
     if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in config:
         raise ModelError(f"{source}: {config.get('model_type')!r} models are not causal language models")

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from srppo.config import RunConfig
 from srppo.errors import ConfigError, ModelError
+from srppo.limits import bounded
 from srppo.masking import token_chunks
 from srppo.models.load import quiet, resolve_device
 from srppo.models.source import find_source, read_json, refuse_foreign_code, refuse_pickle, unreachable
@@ -100,7 +101,8 @@ class PreferenceModel:
         asked = prompt.messages or [{"role": "user", "content": prompt.text}]
         talk = [*asked, {"role": "assistant", "content": answer}]
         try:
-            return list(cast(list[int], tokenizer.apply_chat_template(talk, return_dict=False)))
+            with bounded():
+                return list(cast(list[int], tokenizer.apply_chat_template(talk, return_dict=False)))
         except Exception as error:  # whatever the template raises: some take no system message, or ask for turns in order
             raise ModelError(
                 f"{self.name}: the preference model's chat template refuses the prompt of row {prompt.row} ({error}); change the prompt "

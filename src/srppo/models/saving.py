@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import tempfile
@@ -17,10 +18,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from srppo.errors import ModelError, RunFolderError, SrppoError
-from srppo.files import sync_folder, sync_tree
+from srppo.files import current_umask, sync_folder, sync_tree
 from srppo.models.load import quiet, restored_config_values
 from srppo.models.source import Source
 from srppo.models.tokens import SpecialTokens
+from srppo.text import clean, code
 
 
 @contextmanager
@@ -34,7 +36,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-        work.chmod(0o755)
+        work.chmod(0o777 & ~current_umask())  # mkdtemp makes private ones
         yield work
         sync_tree(work)
         if target.exists():
@@ -109,7 +111,7 @@ def valid_generation_config(config: GenerationConfig, special: SpecialTokens | N
 
 def model_card(card: str | None, role: str, source: Source, dtype: str, adapter: bool) -> str:
     """README.md: the given text (or a plain one), and how to load what is in the folder. A front matter is added where it has none."""
-    body = card or f"# {role}\n\nThe {role} model of a Self-Rewarding PPO run (srppo), made from `{source}`."
+    body = card or f"# {role}\n\nThe {role} model of a Self-Rewarding PPO run (srppo), made from {code(source)}."
     if not body.startswith("---\n"):
         library = "peft" if adapter else "transformers"
         base = [] if source.local else [f"base_model: {source.location}"]  # a hub id; a path would mean nothing elsewhere
@@ -127,7 +129,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 
 
 def _load_adapter(source: Source, dtype: str) -> str:
-    arguments = [f'"{source.location}"'] + [f'{k}="{v}"' for k, v in source.arguments().items()] + [f'dtype="{dtype}"']
+    given = {"": source.location, **source.arguments(), "dtype": dtype}
+    arguments = [(f"{k}=" if k else "") + json.dumps(clean(str(v)), ensure_ascii=False) for k, v in given.items()]
     gguf = (
         "The base is a GGUF file, so it must be loaded first, by itself and with `gguf_file`; PEFT's one-step classes do not know of it. "
         "Where the `kernels` package is installed, add `quantization_config=transformers.GgufConfig(dequantize=True)`.\n\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,10 @@ def read_json(source: Source, name: str) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{source}: {name} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise ModelError(f"{source}: {name} cannot be read: {error.strerror or error}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{source}: {name} holds a {type(value).__name__} where an object is expected")
     return value
@@ -120,11 +123,20 @@ def read_config(source: Source) -> dict[str, Any]:
 
 
 def refuse_foreign_code(source: Source, config: dict[str, Any], trust_remote_code: bool) -> None:
-    """ModelError for a model whose architecture exists only in Python code that comes with it, unless that is allowed."""
+    """ModelError for a model whose architecture exists only in Python code that comes with it, or that asks for kernels from the hub
+    (its config.json can choose them as its attention), unless that is allowed."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if trust_remote_code:
+        return
+    kernel = next(_kernels(config), None)
+    if kernel is not None:
+        raise ModelError(
+            f"{source}: config.json asks for code from the hub ({kernel}), which is refused by default; remove it, or set "
+            "model.trust_remote_code: true if you trust it"
+        )
     model_type = config.get("model_type")
-    if model_type in CONFIG_MAPPING or trust_remote_code:
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         return
     if "auto_map" in config:
         raise ModelError(
@@ -134,6 +146,47 @@ def refuse_foreign_code(source: Source, config: dict[str, Any], trust_remote_cod
     raise ModelError(
         f"{source}: config.json names the architecture {model_type!r}, unknown to the installed transformers; a newer one may know it"
     )
+
+
+def _kernels(value: Any, key: str = "") -> Iterator[str]:
+    """What a configuration, or a part of it, names as its implementation of attention or experts that has the form of a hub id."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _kernels(inner, key if key.endswith("_implementation") else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _kernels(inner, key)
+    elif isinstance(value, str) and "/" in value and "_implementation" in key:
+        yield f"{key}: {value}"
+
+
+MOST = {  # of what no model has more; far more would be built in memory, or layer by layer, before anything is compared with the weights
+    "num_hidden_layers": 10_000,
+    "n_layer": 10_000,
+    "num_layers": 10_000,
+    "num_experts": 100_000,
+    "num_local_experts": 100_000,
+    "n_routed_experts": 100_000,
+    "hidden_size": 10_000_000,
+    "n_embd": 10_000_000,
+    "intermediate_size": 100_000_000,
+    "vocab_size": 1_000_000_000,
+    "max_position_embeddings": 1_000_000_000,
+    "n_positions": 100_000_000,
+    "num_attention_heads": 1_000_000,
+    "num_key_value_heads": 1_000_000,
+    "n_head": 1_000_000,
+    "head_dim": 1_000_000,
+}
+
+
+def refuse_absurd(source: Source, config: dict[str, Any]) -> None:
+    """ModelError for sizes that no model has: a slip, or a configuration made to fill the memory."""
+    for part in [config, *(inner for inner in config.values() if isinstance(inner, dict))]:
+        for key, most in MOST.items():
+            size = part.get(key)
+            if isinstance(size, (int, float)) and not -1 <= size <= most:
+                raise ModelError(f"{source}: config.json says {key}: {size:.6g}, which no model has; the file is damaged")
 
 
 def refuse_encoder_decoder(source: Source, config: dict[str, Any]) -> None:
@@ -146,7 +199,10 @@ def refuse_encoder_decoder(source: Source, config: dict[str, Any]) -> None:
 
 def refuse_pickle(source: Source, allow_pickle: bool) -> None:
     """ModelError for a local folder whose only weights are pickle files. (Hub models: transformers is told to take safetensors only.)"""
-    if allow_pickle or not source.local or source.gguf_file is not None:
+    if allow_pickle or source.gguf_file is not None:
+        return
+    _refuse_pickle_shards(source)
+    if not source.local:
         return
     folder = Path(source.location)
     if any(folder.glob("*.safetensors")):
@@ -158,6 +214,19 @@ def refuse_pickle(source: Source, allow_pickle: bool) -> None:
             "convert them to safetensors, or set model.allow_pickle: true if you trust them"
         )
     raise ModelError(f"{source}: holds no weights (*.safetensors)")
+
+
+def _refuse_pickle_shards(source: Source) -> None:
+    """ModelError where safetensors' own index leads to other files, or out of the folder: transformers would unpickle what it names."""
+    index = read_json(source, "model.safetensors.index.json") or {}
+    shards = index.get("weight_map", {})
+    named = (read_json(source, "config.json") or {}).get("transformers_weights")
+    for name in [*(shards.values() if isinstance(shards, dict) else [shards]), *([] if named is None else [named])]:
+        plain = isinstance(name, str) and re.fullmatch(r"(?!\.)[^/\\\0]+\.safetensors(\.index\.json)?", name)
+        if not plain:
+            raise ModelError(
+                f"{source}: its files name {str(name)[:80]!r} as weights, which is no safetensors file of that folder: refused"
+            )
 
 
 def is_adapter(source: Source) -> bool:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from srppo.config import ModelConfig
 from srppo.errors import ModelError
+from srppo.limits import bounded
 from srppo.models.source import find_source, model_source, unreachable
 from srppo.models.weights import embedding_rows
 
@@ -110,7 +111,10 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> int |
     if not tokenizer.chat_template:
         return None
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "1"}, {"role": "assistant", "content": _MARK}], tokenize=False)
+        with bounded():
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": "1"}, {"role": "assistant", "content": _MARK}], tokenize=False
+            )
     except Exception as error:  # a Jinja template can raise anything
         warnings.warn(
             f"the chat template does not render a plain conversation ({error}); its end-of-turn token is not looked for", stacklevel=3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from srppo.files import write_bytes, write_errors
+from srppo.links import refuse_links
 from srppo.report.page import render
 from srppo.report.plots import draw_all
 from srppo.report.record import read_run
@@ -19,6 +20,7 @@ def write_report(run_folder: str | Path) -> Path:
     Raises RunFolderError where the folder is no run or cannot be written. What an unfinished run lacks is named on the page.
     """
     record = read_run(run_folder)
+    refuse_links(record.path)
     plots = draw_all(record)
     folder = record.path / "plots"
     with write_errors(folder):

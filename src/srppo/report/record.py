@@ -12,6 +12,7 @@ from srppo.errors import RunFolderError
 from srppo.files import read_json, read_lines
 from srppo.run_folder import is_run
 from srppo.titles import STAGES, stage_titles
+from srppo.yaml_text import parse_yaml
 
 _JSON = {
     "environment.json": "the environment",
@@ -79,7 +80,7 @@ def read_run(path: str | Path) -> Record:
     contents = {name: _json(path / name, what, missing) for name, what in _JSON.items()}
     text = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
     try:
-        config = yaml.safe_load(text)
+        config = parse_yaml(text)
     except yaml.YAMLError:
         config = None
         missing.append("config.yaml is damaged")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from srppo.errors import ConfigError
+from srppo.errors import ConfigError, TrainingStopped
 from srppo.masking import masked_mean
 from srppo.records import Rollout
 from srppo.seeding import stream_seed
@@ -48,6 +48,10 @@ class Sampling:
     def biased(self) -> bool:
         """Whether tokens come from another distribution than the model's own, which behaviour_logprobs describes."""
         return self.deterministic or self.temperature != 1 or self.top_p < 1 or self.top_k > 0
+
+
+class EngineLost(TrainingStopped):
+    """The engine's servers are gone: no response can be sampled, but nothing that is held here is wrong."""
 
 
 class RolloutEngine(Protocol):

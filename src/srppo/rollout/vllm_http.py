@@ -1,4 +1,4 @@
-"""Talking to one vLLM server over HTTP, with the standard library alone: requests, retries with back-off, errors that say what to do."""
+"""Talking to one vLLM server over HTTP, with the standard library alone: requests, and what an answer means."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import socket
-import threading
-import time
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from srppo.errors import ConfigError, SrppoError
+from srppo.text import clean
 
 BUSY = (500, 502, 503, 504)  # answers of a server that may be well again in a moment
 TIMEOUT = 1800.0  # seconds a single answer may take: one long response, or loading all weights
+CONTROL_TIMEOUT = 120.0  # of the questions that a server answers at once, unless it is busy
+LONGEST = 1 << 28  # bytes of an answer
 START = (
     "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --generation-config vllm "
     "[--enable-lora --max-lora-rank RANK]"
 )
+
+
+_PLAIN = re.compile(r"[!-~]+")  # an address is written in printable ASCII
 
 
 class ServerError(SrppoError):
@@ -36,85 +40,92 @@ class Refused(ServerError):
 
 
 class Gone(Exception):
-    """No answer this time. Never leaves the engine."""
+    """No answer this time. Never leaves the engine. status: of an answer that says so, else None."""
+
+    def __init__(self, message: str, status: int | None = None):
+        self.status = status
+        super().__init__(message)
 
 
 class Connection:
-    """One kept-open connection to a server; not for use by two threads at once, but `close` may come from any."""
+    """One kept-open connection to a server; not for use by two threads at once, but `close` may come from any.
 
-    def __init__(self, url: str, timeout: float = TIMEOUT):
+    Redirections are not followed: prompts and the API key go to the named server alone.
+    """
+
+    def __init__(self, url: str):
         """url: http://host:port, with or without /v1. Raises ConfigError for what is no such address."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:  # a port that is no number, brackets that do not close
+            raise ConfigError(f"rollout.server: {url!r} is no server's address ({error}); it looks like http://host:8000") from None
+        if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment or not _PLAIN.fullmatch(url):
             raise ConfigError(f"rollout.server: {url!r} is no server's address; it looks like http://host:8000")
+        if parts.username is not None or parts.password is not None:
+            raise ConfigError("rollout.server: an address takes no user and password; set VLLM_API_KEY for a server with --api-key")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._prefix = urlsplit(self.url).path
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._http = kind(parts.hostname, parts.port, timeout=timeout)
+        self._http = kind(host, port, timeout=TIMEOUT)
 
     @property
     def open(self) -> bool:
         """Whether the next request goes over the connection of the one before."""
         return self._http.sock is not None
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON that a GET, or with a body a POST, is answered with; None for an empty answer. Raises Gone and Refused."""
+    def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float = TIMEOUT) -> Any:
+        """The JSON that a GET, or with a body a POST, is answered with; None for an empty answer. timeout: seconds.
+
+        Raises Gone: no answer, one that says to come again, or one that is no JSON. Raises Refused for the other errors.
+        """
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         content = None if body is None else json.dumps(body)
         try:
+            self._http.timeout = timeout
+            if self._http.sock is not None:
+                self._http.sock.settimeout(timeout)
             self._http.request("GET" if body is None else "POST", self._prefix + path, content, headers)
             answer = self._http.getresponse()
-            text = answer.read().decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException) as error:
+            raw = answer.read(LONGEST + 1)
+        except (OSError, http.client.HTTPException, AttributeError) as error:  # AttributeError: closed by another thread meanwhile
             self.close()
             raise Gone(str(error) or type(error).__name__) from error
+        except ValueError:  # http.client's, of a header that no request may hold
+            raise ConfigError("VLLM_API_KEY holds characters that no HTTP header can") from None
+        if len(raw) > LONGEST:
+            self.close()
+            raise Gone(f"it sent an answer of more than {LONGEST >> 20} MiB")
+        text = raw.decode("utf-8", "replace")
         if answer.status in BUSY:
-            raise Gone(f"status {answer.status}: {_said(text)}")
-        if answer.status >= 400:
+            raise Gone(f"status {answer.status}: {_said(text)}", answer.status)
+        if answer.status >= 300:
             raise Refused(f"{self.url}{path} answered with status {answer.status}: {_said(text)}", answer.status)
+        if not text.strip():
+            return None
         try:
             return json.loads(text)
-        except ValueError:
-            return None
+        except (ValueError, RecursionError):
+            if path == "/v1/load_lora_adapter" or path == "/v1/unload_lora_adapter":
+                return None  # a sentence
+            self.close()
+            raise Gone(f"it sent what is no JSON: {_said(text)[:80]!r}") from None
 
     def close(self) -> None:
         """Hang up, also in the middle of an answer: the server then drops the request."""
-        if self._http.sock is not None:
+        sock = self._http.sock
+        if sock is not None:
             with contextlib.suppress(OSError):
-                self._http.sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(socket.SHUT_RDWR)
         self._http.close()
-
-
-def patiently(attempt: Callable[[], Any], url: str, patience: float, stop: threading.Event | None = None) -> Any:
-    """What `attempt` returns, tried again after 0.25, 0.5, 1 ... 15 seconds while it raises Gone.
-
-    Raises ServerError when the server did not answer for `patience` seconds, and Gone when `stop` is set meanwhile.
-    """
-    began, pause = time.monotonic(), 0.25
-    while True:
-        try:
-            return attempt()
-        except Gone as error:
-            left = patience - (time.monotonic() - began)
-            if left <= 0:
-                raise ServerError(
-                    f"the vLLM server at {url} has not answered for {patience:g} s ({error}). Is it running? It is started with: {START}. "
-                    "What was trained is saved up to the last checkpoint: continue with --resume"
-                ) from error
-            wait = min(pause, left)
-            if stop is not None and stop.wait(wait):
-                raise
-            if stop is None:
-                time.sleep(wait)
-            pause = min(2 * pause, 15.0)
 
 
 def _said(text: str) -> str:
     """The words of an error's answer."""
-    with contextlib.suppress(ValueError, AttributeError, TypeError):
+    with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
         content = json.loads(text)
         inner = content.get("error") or content.get("message") or content.get("detail")
         text = str(inner.get("message") if isinstance(inner, dict) else inner)
-    return " ".join(text.split())[:300]
+    return clean(" ".join(text.split())[:300])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from srppo.rollout.asked_by_main import AskedByMain
 from srppo.rollout.engine import RolloutEngine
 from srppo.rollout.vllm_engine import INSTALL, VLLMEngine
 from srppo.rollout.vllm_http import Connection
-from srppo.rollout.vllm_server import VLLMServerEngine
+from srppo.rollout.vllm_server import PATIENCE, VLLMServerEngine
 from srppo.world import world
 
 if TYPE_CHECKING:
@@ -45,12 +46,14 @@ def servers(config: RunConfig) -> list[str]:
     return [named] if isinstance(named, str) else list(named or [])
 
 
-def vllm_engine(config: RunConfig, special: SpecialTokens, longest: int, device: torch.device) -> RolloutEngine:
-    """The engine for a run whose longest prompt has `longest` tokens. Raises ConfigError."""
+def vllm_engine(
+    config: RunConfig, special: SpecialTokens, longest: int, device: torch.device, warn: Callable[[str], None] = lambda text: None
+) -> RolloutEngine:
+    """The engine for a run whose longest prompt has `longest` tokens. warn: is told of servers that fail. Raises ConfigError."""
     rollout, model, tuning = config.rollout, config.model, config.tuning
     if urls := servers(config):
         folder = rollout.shared_folder or Path(config.output) / "vllm"
-        asked = VLLMServerEngine(special, urls, rollout.batch_size, folder)
+        asked = VLLMServerEngine(special, urls, rollout.batch_size, folder, PATIENCE, warn)
         return asked if world().alone else AskedByMain(asked)
     # what the trainer's products are in; on a CPU the torch engine decodes in float32 under autocast, and so does this one
     dtype = "bfloat16" if model.autocast == "bfloat16" and device.type != "cpu" else None

@@ -21,7 +21,7 @@ from srppo.profiling.trace import traced
 from srppo.progress import Progress
 from srppo.records import Experience, Prompt
 from srppo.rewards import CoherentReward, PreferenceReward
-from srppo.rollout.engine import RolloutEngine, Sampling
+from srppo.rollout.engine import EngineLost, RolloutEngine, Sampling
 from srppo.run_folder import RunFolder
 from srppo.train.checkpoint import Checkpoint, load_latest, save_checkpoint
 from srppo.train.compute import Compute
@@ -67,6 +67,7 @@ class PPOState:
     beta: float  # KL coefficient of the next round
     phases: Phases  # what the round costs
     iteration: int = 0  # finished rounds
+    logged: int = 0  # those with their record in metrics.jsonl
     episodes: int = 0
     scale: ValueScale | None = None  # the critic's units, from the first round
     guard: Guard | None = None
@@ -123,6 +124,10 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
             raise Interrupted(
                 f"stopped after PPO round {state.iteration} of {ppo.iterations}; the state is saved: continue with --resume"
             ) from None
+        except EngineLost as lost:
+            if state.iteration == state.logged:  # lost while sampling the next round, of which nothing is kept
+                _save(setup, state, saver)
+            raise EngineLost(f"PPO stopped after round {state.logged} of {ppo.iterations}: {lost}") from None
         except TrainingStopped as stop:
             _save_stopped(setup, state)
             raise TrainingStopped(
@@ -162,6 +167,7 @@ def _rounds(setup: PPOSetup, state: PPOState, evaluate: Callable[[int], dict[str
                     metrics |= state.guard.look(iteration)
             metrics |= phases.take() | ({"timing/profiled": 1.0} if profiled else {})
             run.log({"stage": "ppo", "iteration": iteration, **metrics})
+            state.logged = iteration
             ticker.advance(iteration, **_shown(metrics))
             if over() or (ppo.checkpoint_every and iteration % ppo.checkpoint_every == 0):
                 _save(setup, state, saver)
@@ -323,7 +329,8 @@ def _restore(setup: PPOSetup, state: PPOState, saved: Checkpoint) -> None:
         roles.load_critic_state(saved.tensors["critic"])
     if state.critic:
         state.critic.load_state(saved.tensors["critic-optimizer"])
-    state.iteration, state.episodes = saved.step, saved.state["episodes"]
+    state.iteration = state.logged = saved.step
+    state.episodes = saved.state["episodes"]
     state.beta = saved.state["beta"]
     state.scale = ValueScale(*saved.state["value_scale"]) if saved.state["value_scale"] else None
     compute.forward_tokens, compute.trained_tokens = saved.state["forward_tokens"], saved.state["trained_tokens"]
