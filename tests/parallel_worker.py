@@ -1,12 +1,14 @@
 """Started by torchrun with a JSON file of tiny jobs, which it does one after the other: see test_parallel.py.
 
 A job: folder (with the materials), kind, output, changes (of the configuration), resume, stop (at the so-many-th safe point), what
-(align or another of srppo.job), fail (rank that raises in the middle), world (that has to do it).
+(align or another of srppo.job), fail (rank that raises in the middle), kill (rank that is killed there).
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ def do(spec: dict[str, Any]) -> None:
             raise srppo.errors.DataError("this process cannot read it", "a file", 7)
 
         job.continued_stage = broken
+    if spec.get("kill") == world().rank:
+        job.continued_stage = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     try:
         getattr(job, spec.get("what", "align"))(config, resume=spec.get("resume", False), progress=make_progress("quiet"))
     except Interrupted as error:

@@ -26,6 +26,16 @@ if TYPE_CHECKING:  # the command answers --help before torch is loaded
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 writes a model, draws the report, or asks a vLLM server
 LOOK_EVERY = 0.5  # seconds between two looks at whether another process has failed
+# What torch.distributed says of a process that has gone.
+PARTED = (
+    "closed by peer",
+    "Connection reset",
+    "Connection refused",
+    "Broken pipe",
+    "gloo",
+    "NCCL",
+    "Socket",
+)  # in words of torch.distributed
 GRACE = 4.0  # seconds that a process has, once another has failed, to end by an error of its own
 
 
@@ -189,7 +199,14 @@ def world_of_run() -> Iterator[World]:
         yield here
     except BaseException as error:
         if _WATCH is not None:
-            _WATCH.failed(error)
+            rank = _WATCH.failed(error)
+            if isinstance(error, RuntimeError) and rank is not None:
+                raise LostProcess(f"stopped, as process {rank} has failed") from None
+            if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PARTED):
+                said = str(error).splitlines()[0]
+                raise LostProcess(
+                    f"another process of the run is gone: killed, out of memory, or its machine unreachable ({said}). Continue with --resume"
+                ) from None
         raise
 
 
@@ -215,21 +232,25 @@ class _Watch:
         self.over = True
         self._over.set()
 
-    def failed(self, error: BaseException) -> None:
-        """Tell the others. Of an error that rank 0 has too, `told` is set: it says it."""
+    def failed(self, error: BaseException) -> int | None:
+        """Tell the others. Of an error that rank 0 has too, `told` is set: it says it. Returns who failed before, if another did."""
         if self.over:
-            return
+            return None
         self.stop()
         try:
+            if self._telling.check(["srppo/failed"]):
+                error.__dict__["told"] = True
+                return int(self._telling.get("srppo/failed").decode().split()[0])
             self._telling.set(f"srppo/failed/{self._here.rank}", "")
             self._telling.set("srppo/failed", f"{self._here.rank} {getattr(error, 'exit_code', 1)}")
             if self._here.main:
-                return
+                return None
             time.sleep(LOOK_EVERY)
             if self._telling.check(["srppo/failed/0"]):
                 error.__dict__["told"] = True  # by rank 0
         except Exception:  # the store is gone, and with it whoever was to be told
-            return
+            pass
+        return None
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_EVERY):
