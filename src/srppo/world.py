@@ -58,8 +58,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all."""
-        if not self.alone:
-            _dist().barrier()
+        self.gather(None)
 
     def gather(self, item: T) -> list[T]:
         """Every process's item, by rank, to all."""
@@ -205,7 +204,7 @@ def world_of_run() -> Iterator[World]:
             if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PARTED):
                 said = str(error).splitlines()[0]
                 raise LostProcess(
-                    f"another process of the run is gone: killed, out of memory, or its machine unreachable ({said}). Continue with --resume"
+                    f"another process of the run is gone: killed, out of memory, or not to be reached ({said}). Continue with --resume"
                 ) from None
         raise
 
@@ -238,16 +237,15 @@ class _Watch:
             return None
         self.stop()
         try:
-            if self._telling.check(["srppo/failed"]):
-                error.__dict__["told"] = True
-                return int(self._telling.get("srppo/failed").decode().split()[0])
+            earlier = int(self._telling.get("srppo/failed").decode().split()[0]) if self._telling.check(["srppo/failed"]) else None
+            if isinstance(error, RuntimeError) and earlier is not None:  # it follows from that one
+                return earlier
             self._telling.set(f"srppo/failed/{self._here.rank}", "")
-            self._telling.set("srppo/failed", f"{self._here.rank} {getattr(error, 'exit_code', 1)}")
-            if self._here.main:
-                return None
-            time.sleep(LOOK_EVERY)
-            if self._telling.check(["srppo/failed/0"]):
-                error.__dict__["told"] = True  # by rank 0
+            if earlier is None:
+                self._telling.set("srppo/failed", f"{self._here.rank} {getattr(error, 'exit_code', 1)}")
+            if not self._here.main:
+                time.sleep(LOOK_EVERY)
+                error.__dict__["told"] = earlier is not None or self._telling.check(["srppo/failed/0"])
         except Exception:  # the store is gone, and with it whoever was to be told
             pass
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,6 +13,9 @@ from srppo.errors import TrainingStopped
 from srppo.world import world
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + signal: what a shell reports for a program that it ended
+
+
+ONE_SIGNAL = 10.0  # seconds: of several processes each gets a Ctrl-C twice, from the terminal and from torchrun
 
 
 class Interrupted(TrainingStopped):
@@ -34,6 +38,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.requested = False
         self.signal = signal.SIGINT  # that came first
+        self._since = 0.0
         self._previous: dict[int, Any] = {}  # what signal.signal returned
 
     def __enter__(self) -> Interrupt:
@@ -51,8 +56,10 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            if not world().alone and time.monotonic() - self._since < ONE_SIGNAL:
+                return
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
-        self.requested, self.signal = True, signal.Signals(number)
+        self.requested, self.signal, self._since = True, signal.Signals(number), time.monotonic()
         again = "Ctrl-C again" if number == signal.SIGINT else "Another SIGTERM"
         message = f"\nstopping: the work at hand is finished and saved first. {again} stops at once, back to the last checkpoint.\n"
         os.write(2, message.encode())  # print is not safe in a signal handler
