@@ -89,6 +89,8 @@ class Sharding:
 def sharding_of(config: ParallelConfig, device: torch.device) -> Sharding | None:
     """The run's sharding; None with one process, or where shard_size is 1. Raises ConfigError where it does not divide the world."""
     here = world()
+    if here.alone:
+        return None
     size = config.shard_size or here.size
     if here.size % size:
         raise ConfigError(f"parallel.shard_size is {size}, which does not divide the number of processes, {here.size}")
