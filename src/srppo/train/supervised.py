@@ -14,6 +14,7 @@ from srppo.models.roles import Roles
 from srppo.progress import Progress, Stage
 from srppo.records import Example, LossOutput, TokenBatch
 from srppo.run_folder import RunFolder
+from srppo.seeding import seed_dropout
 from srppo.train.compute import Compute
 from srppo.train.interrupt import Interrupt
 from srppo.train.learner import Learner, cosine_lr, silenced
@@ -106,6 +107,7 @@ def train_supervised(
             losses = [loss_of(b) for b in batches]
             if roles.spread:  # all run a model as often as each other
                 losses += [silenced(loss_of(cut(rows[:1])[0]))] * (most - len(batches))
+            seed_dropout(seed, stage, step, here.rank)
             result = learner.step(losses, targets)
             compute.trained_tokens += tokens
             if result.skipped:

@@ -20,7 +20,7 @@ from srppo.models.over_rollout import micro_batches, padding_tokens, shares
 from srppo.models.roles import Roles
 from srppo.records import Experience, LossOutput, TokenBatch
 from srppo.rollout.engine import mismatch
-from srppo.seeding import permutation
+from srppo.seeding import permutation, seed_dropout
 from srppo.train.compute import Compute
 from srppo.train.learner import Learner, silenced
 from srppo.world import deal, world
@@ -73,6 +73,7 @@ def update(
         order = [rows[i] for i in permutation(len(rows), seed, "minibatches", iteration, epoch)]
         epoch_kl = []
         for minibatch in split_rows(order, config.minibatches) if rows else []:
+            seed_dropout(seed, "ppo", iteration, done, world().rank)
             kl = _minibatch(roles, experience, minibatch, policy, critic, config, train_policy, done == 0, compute, log)
             epoch_kl.append(kl)
             done += 1
