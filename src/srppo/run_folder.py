@@ -29,6 +29,7 @@ from srppo.files import (
     write_lines,
 )
 from srppo.links import open_here, refuse_links
+from srppo.outcomes import read_environment
 from srppo.run_config import refuse_changes
 
 if sys.platform != "win32":  # there: no lock, the rest works
@@ -230,8 +231,8 @@ def _with_history(run: RunFolder) -> dict[str, Any]:
     now = plain(run.environment())
     if not run.has("environment.json"):
         return now
-    old = run.read_json("environment.json")
-    before = old.pop("before_resume", [])
+    old = read_environment(run.path / "environment.json")
+    before = old.pop("before_resume", None) or []
     if old != now:
         before = [*before, old]
     return {**now, "before_resume": before} if before else now
