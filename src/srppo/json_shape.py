@@ -34,27 +34,33 @@ def _fit(value: Any, shape: Any, path: str, depth: int, wrong: list[str]) -> Any
         wrong.append(f"{path[:200]}: nested too deeply")
         return _DROPPED
     if isinstance(shape, tuple):
-        tries = [(_fit(value, s, path, depth, errors := []), errors) for s in shape]
-        out, errors = min(tries, key=lambda t: (t[0] is _DROPPED, len(t[1])))
-        wrong += errors
-        return out
+        return _one_of(value, shape, path, depth, wrong)
     if isinstance(value, dict) and (shape is ANY or isinstance(shape, dict)):
-        out = {}
-        for key, inner in value.items():
-            kept = _fit(inner, ANY if shape is ANY else shape.get(key, shape.get("*", ANY)), _join(path, key), depth + 1, wrong)
-            if kept is not _DROPPED:
-                out[str(key)] = kept
-        return out
+        shapes: dict[str, Any] = shape if isinstance(shape, dict) else {}
+        rest = shapes.get("*", ANY)
+        pairs = {str(k): _fit(v, shapes.get(k, rest), f"{path}.{k}" if path else str(k), depth + 1, wrong) for k, v in value.items()}
+        return {k: v for k, v in pairs.items() if v is not _DROPPED}
     if isinstance(value, list) and (shape is ANY or isinstance(shape, list)):
-        inner_shape = ANY if shape is ANY else shape[0]
-        found = [_fit(inner, inner_shape, f"{path}[{i}]", depth + 1, wrong) for i, inner in enumerate(value)]
-        return [item for item in found if item is not _DROPPED]
-    if (shape is ANY and not isinstance(value, (int, float))) or _is(value, shape):
-        return value
-    if shape is ANY and (_is(value, NUMBER) or isinstance(value, bool)):
+        inner = ANY if shape is ANY else shape[0]
+        items = [_fit(item, inner, f"{path}[{i}]", depth + 1, wrong) for i, item in enumerate(value)]
+        return [item for item in items if item is not _DROPPED]
+    if _is(value, shape) or (shape is ANY and any(_is(value, kind) for kind in (NUMBER, TEXT, SWITCH))):
         return value
     wrong.append(f"{path or 'all of it'}: {_kind(value)}, not {_wanted(shape)}")
     return _DROPPED
+
+
+def _one_of(value: Any, shapes: tuple[Any, ...], path: str, depth: int, wrong: list[str]) -> Any:
+    """By the shape that leaves most of it."""
+    tries: list[tuple[Any, list[str]]] = []
+    for shape in shapes:
+        errors: list[str] = []
+        tries.append((_fit(value, shape, path, depth, errors), errors))
+    out, errors = min(tries, key=lambda t: (t[0] is _DROPPED, len(t[1])))
+    if out is _DROPPED:
+        errors = [f"{path or 'all of it'}: {_kind(value)}, not {_wanted(shapes)}"]
+    wrong += errors
+    return out
 
 
 def _is(value: Any, shape: Any) -> bool:
@@ -65,15 +71,12 @@ def _is(value: Any, shape: Any) -> bool:
 
 def _kind(value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return "a number beyond reason" if isinstance(value, int) or math.isfinite(value) else "no finite number"
-    return {bool: SWITCH, str: TEXT, list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
+        finite = isinstance(value, int) or math.isfinite(value)
+        return NUMBER if _is(value, NUMBER) else "a number beyond reason" if finite else "no finite number"
+    return {bool: str(SWITCH), str: str(TEXT), list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
 
 
 def _wanted(shape: Any) -> str:
     if isinstance(shape, tuple):
         return " or ".join(_wanted(s) for s in shape)
     return "an object" if isinstance(shape, dict) else "a list" if isinstance(shape, list) else str(shape)
-
-
-def _join(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
