@@ -33,6 +33,8 @@ LAYERS = {
     "files": 2,
     "limits": 2,
     "links": 2,
+    "json_shape": 2,
+    "outcomes": 2,
     "terminal": 2,
     "environment": 2,
     "machine": 2,
@@ -162,7 +164,7 @@ def test_maths_imports_only_maths(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if m.split(".")[0] == "report"))
 def test_report_reads_run_folders_and_knows_no_trainer(module: str) -> None:
-    allowed = {"report", "intervals", "files", "links", "yaml_text", "run_folder", "text", "titles", "errors", ""}
+    allowed = {"report", "intervals", "files", "links", "json_shape", "yaml_text", "run_folder", "text", "titles", "errors", ""}
     assert {n.split(".")[0] for n in own(imported(MODULES[module]))} <= allowed
 
 

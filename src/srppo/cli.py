@@ -58,8 +58,10 @@ def after_interrupt(output: str | None) -> str:
         return "srppo: interrupted"
     if not is_run(output):
         return "srppo: interrupted before anything was saved"
-    saved = [p for p in Path(output).glob("checkpoints/*/checkpoint-*") if p.is_dir() and p.parent.name != "guard-best"]
-    newest = max(saved, key=lambda p: p.stat().st_mtime, default=None)
+    stages = ("sft", "ppo", "sft_continued")  # in their order; dates may lie
+    places = [(n, p) for n, stage in enumerate(stages) for p in Path(output).glob(f"checkpoints/{stage}/checkpoint-*") if p.is_dir()]
+    saved = [(n, int(step), p) for n, p in places if (step := p.name.removeprefix("checkpoint-")).isdecimal()]
+    newest = max(saved, default=(None, None, None))[2]
     kept = f"the state of {newest} is kept" if newest else "finished stages are kept, the stage it was in starts again"
     words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
     return f"srppo: interrupted; {kept}. Continue with: srppo {shlex.join(words)} --resume"

@@ -12,8 +12,8 @@ from srppo.diagnose import tell
 from srppo.diagnosis import diagnosis_stage, make_card, note_card, ppo_begun, start_checkpoint
 from srppo.environment import versions
 from srppo.errors import ConfigError
-from srppo.files import read_lines
 from srppo.intervals import paired_gain
+from srppo.outcomes import read_answers
 from srppo.progress import Progress, make_progress
 from srppo.run_config import load_run_config
 from srppo.run_folder import is_run
@@ -192,7 +192,7 @@ def summarise(space: Workspace) -> dict[str, Any]:
             summary[f"{name}_training"] = {k: v for k, v in trained.items() if k not in ("compute", "seconds")}
     if start := start_checkpoint(space):
         summary["sft_training"]["kept"] = start
-    answers = world().once(lambda: {s: read_lines(space.run.path / f"evaluation/{s}.jsonl") for s in STAGES if summary.get(s)})
+    answers = world().once(lambda: {s: read_answers(space.run.path / f"evaluation/{s}.jsonl") for s in STAGES if summary.get(s)})
     extras["srppo_gain"] = {
         other: {group: gain.to_dict() for group in summary[other] if (gain := paired_gain(rows, answers["srppo"], group))}
         for other, rows in answers.items()

@@ -119,7 +119,7 @@ class Meter:
         if len(chosen) > SHOWN:
             first = [k for k in KEY_METRICS if k in chosen]
             chosen = {k: chosen[k] for k in (first + [k for k in chosen if k not in KEY_METRICS])[:SHOWN]}
-        return "  ".join(f"{KEY_METRICS.get(k, k.rsplit('/', 1)[-1])} {number(v)}" for k, v in chosen.items())
+        return "  ".join(f"{clean(KEY_METRICS.get(k, k.rsplit('/', 1)[-1]))} {number(v)}" for k, v in chosen.items())
 
     def summary(self) -> str:
         words = (f"{self.done}/{self.total} {self.unit}", f"in {duration(self.elapsed)}", self.metrics_text())
@@ -335,4 +335,4 @@ def _cleaned(value: Any) -> Any:
         return clean(value)
     if isinstance(value, list):
         return [_cleaned(v) for v in value]
-    return {k: _cleaned(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return {clean(k): _cleaned(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -29,6 +29,7 @@ from srppo.files import (
     write_lines,
 )
 from srppo.links import open_here, refuse_links
+from srppo.outcomes import read_environment
 from srppo.run_config import refuse_changes
 from srppo.world import world
 
@@ -135,7 +136,12 @@ class RunFolder:
         fresh = not os.path.lexists(path)
         with write_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(path)
+        try:
+            lock = _take_lock(path)
+        except BaseException:
+            if fresh:
+                _unmake(path)
+            raise
         run = cls(path, lock, False)
         try:
             _refuse(path, resume, overwrite)  # again: another process may have been quicker
@@ -233,12 +239,18 @@ def _write_start(run: RunFolder, config_yaml: str, fresh: bool) -> None:
         run.write_json("environment.json", _with_history(run))
     except BaseException:
         if not run.resumed:
-            for name in ("config.yaml", "environment.json", *((LOCK,) if fresh else ())):
+            for name in ("config.yaml", "environment.json"):
                 (run.path / name).unlink(missing_ok=True)
             if fresh:
-                with contextlib.suppress(OSError):
-                    run.path.rmdir()
+                _unmake(run.path)
         raise
+
+
+def _unmake(path: Path) -> None:
+    """Remove a folder that was made a moment ago, and holds no more than the lock."""
+    with contextlib.suppress(OSError):
+        (path / LOCK).unlink(missing_ok=True)
+        path.rmdir()
 
 
 def _with_history(run: RunFolder) -> dict[str, Any]:
@@ -246,8 +258,8 @@ def _with_history(run: RunFolder) -> dict[str, Any]:
     now = plain(run.environment())
     if not run.has("environment.json"):
         return now
-    old = run.read_json("environment.json")
-    before = old.pop("before_resume", [])
+    old = read_environment(run.path / "environment.json")
+    before = old.pop("before_resume", None) or []
     if old != now:
         before = [*before, old]
     return {**now, "before_resume": before} if before else now
@@ -292,10 +304,13 @@ def _take_lock(path: Path) -> IO[str]:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise RunFolderError(f"{path}: in use by another run (process {owner}); wait for it, or choose another --output") from None
         raise RunFolderError(f"{path}: cannot be locked: {error.strerror}; choose an --output on a local file system") from error
-    with write_errors(path / LOCK):
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+    try:
+        with write_errors(path / LOCK):
+            lock.truncate(0)
+            os.write(lock.fileno(), f"{os.getpid()}\n".encode())  # unbuffered: nothing is left to be written when it is closed
+    except BaseException:
+        lock.close()
+        raise
     return lock
 
 

@@ -9,8 +9,9 @@ from weakref import WeakKeyDictionary
 
 from srppo.card import model_card
 from srppo.evaluate import Answers, Evaluation, GroupResult, evaluate, limit_per_group, lost_and_gained
-from srppo.files import read_lines, write_lines
+from srppo.files import write_lines
 from srppo.methods.srppo import first_beta
+from srppo.outcomes import read_answers, read_outcome
 from srppo.records import Rollout
 from srppo.retention import base_answers, forgetting
 from srppo.titles import stage_titles
@@ -31,9 +32,9 @@ ROLE_OF_STAGE = {"base": "base", "sft": "sft", CONTINUED: CONTINUED, "srppo": "p
 
 
 def outcome(space: Workspace, name: str) -> dict[str, Any] | None:
-    """What a finished stage left, or None."""
+    """What a finished stage left, or None. Raises RunFolderError where that is damaged."""
     file, run = f"stages/{name}.json", space.run
-    return world().once(lambda: run.read_json(file) if run.has(file) else None)
+    return world().once(lambda: read_outcome(run.path / file, name) if run.has(file) else None)
 
 
 def finish(space: Workspace, name: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[
 def _base_evaluation(space: Workspace) -> Evaluation:
     """The base's evaluation as its stage wrote it."""
     groups = (outcome(space, "evaluate-base") or {"groups": {}})["groups"]
-    rows = [Answers(**row) for row in world().once(lambda: read_lines(space.run.path / "evaluation/base.jsonl"))]
+    rows = [Answers(**row) for row in world().once(lambda: read_answers(space.run.path / "evaluation/base.jsonl"))]
     return Evaluation({name: GroupResult(**group) for name, group in groups.items()}, rows)
 
 

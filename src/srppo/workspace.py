@@ -23,6 +23,7 @@ from srppo.data.sources import read_rows
 from srppo.errors import ConfigError, DataError, RunFolderError
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles, build_roles
+from srppo.outcomes import read_elapsed
 from srppo.profiling.ledger import Ledger
 from srppo.profiling.memory import resident
 from srppo.progress import Progress
@@ -175,7 +176,7 @@ def open_workspace(
     with loading.stage("load"):
         loaded = _load(config, progress, judging)  # before the folder is touched: a wrong model or file leaves no trace
     with RunFolder.open(config.output, text, resume=resume, overwrite=overwrite, may_differ=may_differ) as run, Interrupt() as interrupt:
-        before = here.once(lambda: run.read_json("elapsed.json") if run.has("elapsed.json") else {})
+        before = here.once(lambda: read_elapsed(run.path / "elapsed.json"))
         ledger = Ledger(before.get("stages"))
         ledger.add(loading)
         spent = (before.get("seconds", 0.0), before.get("peak_rss_mb", 0.0))

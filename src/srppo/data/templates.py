@@ -74,4 +74,8 @@ def render(
         raise ConfigError(f"the chat template is broken: {type(error).__name__}: {error}") from error
     if not isinstance(text, str) or len(text) > LONGEST:
         raise ConfigError(f"the chat template is broken: it makes a text of more than {LONGEST >> 20} million characters")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the chat template prints half a surrogate pair (\\u{ord(text[error.start]):04x}), which is not text") from None
     return text

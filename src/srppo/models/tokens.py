@@ -35,6 +35,11 @@ def load_tokenizer(model: ModelConfig, *, name: str | None = None) -> PreTrained
     try:
         found = AutoTokenizer.from_pretrained(source.location, trust_remote_code=model.trust_remote_code, **source.arguments())
     except Exception as error:  # the tokenizers library raises plain Exceptions for broken files
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{source}: its tokenizer runs Python code that comes with it, which is refused by default; read that code, then set "
+                "model.trust_remote_code: true if you trust it, or name another tokenizer with model.tokenizer"
+            ) from None
         raise ModelError("no tokenizer. " + unreachable(source, error) + "; model.tokenizer can name another place") from error
     if source.gguf_file is not None:
         _drop_phantoms(found)

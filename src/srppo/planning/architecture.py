@@ -15,7 +15,7 @@ import torch
 from srppo.config import ModelConfig
 from srppo.errors import ModelError
 from srppo.models.compiled import layers_of
-from srppo.models.source import model_source, read_config, refuse_encoder_decoder, refuse_foreign_code, unreachable
+from srppo.models.source import model_source, read_config, refuse_absurd, refuse_encoder_decoder, refuse_foreign_code, unreachable
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,18 @@ def read_architecture(model: ModelConfig) -> Architecture:
         )
     raw = read_config(source)
     refuse_foreign_code(source, raw, model.trust_remote_code)
+    refuse_absurd(source, raw)
     refuse_encoder_decoder(source, raw)
     try:
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=model.trust_remote_code, **source.arguments())
         if model.attention is not None:
             config._attn_implementation = model.attention
-        return Architecture(config, model.name)
-    except (OSError, ValueError, KeyError) as error:
+        found = Architecture(config, model.name)
+        _ = found.counts  # builds it without weights: what no model can have is noticed here
+        return found
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged config.json makes transformers' own code raise whatever it meets
         raise ModelError(unreachable(source, error)) from error
 
 

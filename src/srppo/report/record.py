@@ -10,14 +10,50 @@ import yaml
 
 from srppo.errors import RunFolderError
 from srppo.files import read_json, read_lines
+from srppo.json_shape import ANY, NUMBER, SWITCH, TEXT, fitted
 from srppo.run_folder import is_run
 from srppo.titles import STAGES, stage_titles
 from srppo.yaml_text import parse_yaml
 
-_JSON = {
-    "environment.json": "the environment",
-    "data.json": "the data report",
-    "summary.json": "the summary (the run is not finished, or was stopped)",
+_GROUPS = {"*": {"*": NUMBER}}
+_SUMMARY = {
+    **dict.fromkeys(STAGES, _GROUPS),
+    "heldout_nll": {"*": NUMBER},
+    "forgetting": _GROUPS,
+    "lost_and_gained": {"*": _GROUPS},
+    "ppo_training": {"*": ANY},
+    "wall_seconds": NUMBER,
+    "peak_rss_mb": NUMBER,
+    "warnings": [TEXT],
+    "seed": (NUMBER, TEXT),
+    "*": ANY,
+}
+_HARDWARE = {"cpu": TEXT, "gpus": [TEXT], "memory_gb": NUMBER, "threads": NUMBER, "*": ANY}
+_CONFIG = {
+    "seed": (NUMBER, TEXT),
+    "model": {"name": TEXT, "*": ANY},
+    "tuning": {"kind": TEXT, "*": ANY},
+    "reward": {"kind": TEXT, "kl_anchor": TEXT, "kl_target": NUMBER, "*": ANY},
+    **{section: {"*": ANY} for section in ("data", "sft", "rollout", "ppo", "diagnose", "guard", "evaluation")},
+    "*": ANY,
+}
+_METRICS = {"stage": TEXT, "*": (NUMBER, TEXT, SWITCH)}
+_SAMPLE = {"stage": TEXT, "iteration": NUMBER, "*": (NUMBER, TEXT, SWITCH)}
+_ANSWER = {
+    "group": TEXT,
+    "row": (NUMBER, TEXT),
+    "prompt": TEXT,
+    "sampled": [TEXT],
+    "sampled_scores": [NUMBER],
+    "greedy": TEXT,
+    "greedy_score": NUMBER,
+    "*": ANY,
+}
+_STAGE = {"groups": _GROUPS, "heldout_nll": NUMBER, "lost_and_gained": _GROUPS, "forgetting": {"*": NUMBER}, "*": ANY}
+_JSON: dict[str, tuple[str, Any]] = {
+    "environment.json": ("the environment", {"hardware": _HARDWARE, "*": ANY}),
+    "data.json": ("the data report", {"warnings": [TEXT], "*": ANY}),
+    "summary.json": ("the summary (the run is not finished, or was stopped)", _SUMMARY),
 }
 
 
@@ -77,42 +113,52 @@ def read_run(path: str | Path) -> Record:
     if not is_run(path):
         raise RunFolderError(f"{path}: not a run folder (no config.yaml of srppo in it)")
     missing: list[str] = []
-    contents = {name: _json(path / name, what, missing) for name, what in _JSON.items()}
-    text = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    text = ""
+    contents = {name: _json(path / name, what, shape, missing) for name, (what, shape) in _JSON.items()}
     try:
-        config = parse_yaml(text)
-    except yaml.YAMLError:
+        text = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        config = _shaped(parse_yaml(text), _CONFIG, "config.yaml", missing)
+    except (yaml.YAMLError, OSError):
         config = None
         missing.append("config.yaml is damaged")
-    answers = {stage: _lines(path / "evaluation" / f"{stage}.jsonl", None, missing) for stage in STAGES}
+    answers = {stage: _lines(path / "evaluation" / f"{stage}.jsonl", None, _ANSWER, missing) for stage in STAGES}
     card = path / "diagnose.json"
-    summary = contents["summary.json"] or _from_stages(path)
+    summary = contents["summary.json"] or _from_stages(path, missing)
     return Record(
         path,
-        config if isinstance(config, dict) else {},
+        config or {},
         text,
         contents["environment.json"],
         contents["data.json"],
         summary,
-        _lines(path / "metrics.jsonl", "the training metrics", missing),
-        _lines(path / "samples.jsonl", "samples of the rollouts (PPO has not begun)", missing),
+        _lines(path / "metrics.jsonl", "the training metrics", _METRICS, missing),
+        _lines(path / "samples.jsonl", "samples of the rollouts (PPO has not begun)", _SAMPLE, missing),
         answers,
-        _json(card, "", missing) if card.exists() else {},
+        _json(card, "", {"*": ANY}, missing) if card.exists() else {},
         missing + _absent_stages(summary),
-        _json(path / "elapsed.json", "", []),
+        _json(path / "elapsed.json", "", {"stages": _GROUPS, "*": ANY}, []),
     )
 
 
-def _json(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
+def _shaped(content: Any, shape: dict[str, Any], name: str, missing: list[str]) -> dict[str, Any]:
+    """What of a file's content is as srppo writes it; what is not is noted and left out."""
+    found, wrong = fitted(content, shape)
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        missing.append(f"{name} holds what srppo does not write there, which is left out ({wrong[0]}{more})")
+    return found if isinstance(found, dict) else {}
+
+
+def _json(path: Path, what: str, shape: dict[str, Any], missing: list[str]) -> dict[str, Any]:
     try:
         content = read_json(path)
     except RunFolderError as error:
         missing.append(f"{path.name}: {what}" if not path.exists() else str(error))
         return {}
-    return content if isinstance(content, dict) else {}
+    return _shaped(content, shape, path.name, missing)
 
 
-def _lines(path: Path, what: str | None, missing: list[str]) -> list[dict[str, Any]]:
+def _lines(path: Path, what: str | None, shape: dict[str, Any], missing: list[str]) -> list[dict[str, Any]]:
     try:
         records = read_lines(path)
     except RunFolderError as error:
@@ -120,14 +166,18 @@ def _lines(path: Path, what: str | None, missing: list[str]) -> list[dict[str, A
         return []
     if not records and what:
         missing.append(f"{path.name}: {what}")
-    return records
+    wrong: list[str] = []
+    out = [_shaped(record, shape, path.name, wrong) for record in records]
+    missing += wrong[:1]
+    return out
 
 
-def _from_stages(path: Path) -> dict[str, Any]:
+def _from_stages(path: Path, missing: list[str]) -> dict[str, Any]:
     """Of an unfinished run: what its finished evaluations left."""
     out: dict[str, Any] = {}
     for stage in STAGES:
-        found = _json(path / "stages" / f"evaluate-{stage}.json", "", [])
+        file = path / "stages" / f"evaluate-{stage}.json"
+        found = _json(file, "", _STAGE, missing) if file.exists() else {}
         if found.get("groups"):
             out[stage] = found["groups"]
         for name in ("heldout_nll", "lost_and_gained", "forgetting"):

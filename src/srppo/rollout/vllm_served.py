@@ -10,7 +10,7 @@ from srppo.errors import DataError
 from srppo.rollout.vllm_http import CONTROL_TIMEOUT, START, Connection, Gone, Refused, ServerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from srppo.rollout.engine import Sampling
     from srppo.rollout.vllm_handover import Wanted
@@ -141,8 +141,8 @@ def _response(line: Connection, answer: Any, limit: int) -> tuple[list[int], lis
     ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
     if ids is None or logprobs is None:
         raise ServerError(f"{line.url} returns no token ids; srppo needs vLLM 0.20 or newer there")
-    scores: Any = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-    if not _all(ids, lambda i: isinstance(i, int) and 0 <= i < 2**31) or not _all(scores, _score):
+    scores = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    if not isinstance(ids, list) or not isinstance(scores, list) or not all(map(_token, ids)) or not all(map(_score, scores)):
         raise _nonsense(line, "token ids or log-probabilities that are no numbers")
     if not len(ids) == len(scores) <= limit or not ids:
         raise _nonsense(line, f"{len(ids)} tokens with {len(scores)} log-probabilities, where at most {limit} were asked for")
@@ -153,8 +153,8 @@ def _score(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30)
 
 
-def _all(values: Any, right: Callable[[Any], bool]) -> bool:
-    return isinstance(values, list) and all(right(v) for v in values)
+def _token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _field(line: Connection, answer: Any, name: str) -> Any:
