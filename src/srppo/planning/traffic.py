@@ -99,7 +99,9 @@ class Network:
             return [*passes, *self._summed(phase, f"{role}: adapter", self.world, steps * adapter, steps * buckets(adapter))]
         own = part(m, m.counts.trunk if role == "critic" else n)
         each, times = s.trained_bytes, steps * micros
-        flows = self.gathers(phase, f"{role}: weights", times * (2 * own.layers + own.root) * each, times * (2 * own.units - 1))
+        again = role == "critic"  # its trunk is run within itself (sharding.run_on), which has its root gathered once more
+        weights, calls = (2 * own.layers + (1 + again) * own.root) * each, 2 * own.units - 1 + again
+        flows = self.gathers(phase, f"{role}: weights", times * weights, times * calls)
         if self.processes.shards == 1:
             size = own.whole * each
             return self._summed(phase, f"{role}: gradients", self.world, steps * size, steps * buckets(size))
