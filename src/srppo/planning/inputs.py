@@ -64,6 +64,12 @@ class Settings:
     continued_sft: bool
     shard_size: int | None = None
     cpu_offload: bool = False
+    alone: bool = True  # one process
+
+    @property
+    def prefix_layers(self) -> int | None:
+        """Layers above those whose states are kept from a first pass over a rollout; None where none are, as with several processes."""
+        return self.lora_layers if self.alone else None
 
     @property
     def rollouts(self) -> int:

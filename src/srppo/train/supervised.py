@@ -39,13 +39,13 @@ def heldout_nll(roles: Roles, role: str, examples: Sequence[Example], tokens: in
     here = world()
     mine = [examples[i] for i in deal([len(e.ids) for e in examples], here.size)[here.rank]]
     chunks = token_chunks([len(e.ids) for e in mine], tokens)
+    spare = here.most(len(chunks)) - len(chunks) if roles.spread else 0  # all run a model as often as each other
     for chunk in chunks:
         batch = example_batch([mine[i] for i in chunk], roles.special.pad_id).to(roles.device)
         total -= float(roles.score(role, batch).logprobs.double().sum())
         count += batch.targets
-    if roles.spread:
-        for _ in range(here.most(len(chunks)) - len(chunks)):  # all run a model as often as each other
-            roles.score(role, example_batch(examples[:1], roles.special.pad_id).to(roles.device))
+    for _ in range(spare):
+        roles.score(role, example_batch(examples[:1], roles.special.pad_id).to(roles.device))
     if compute:
         compute.forward_tokens += sum(len(e.ids) for e in examples)
     said = here.gather((total, count))
