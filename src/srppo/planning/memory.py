@@ -164,7 +164,7 @@ def phases(
         return items + in_flight(model, root, each if s.full else frozen, activations, head if s.full else None)
 
     def copies(*roles: str) -> list[Item]:
-        """saver.py: weights and moments of what is trained, copied to the CPU to be written in the background; else one tensor at a time."""
+        """saver.py: weights and moments of what is trained, copied to the CPU; without the background one tensor at a time."""
         if not s.background_saves:
             return []
         return [Item(role, "checkpoint copy", 3 * held(trained[role]), host=gpu) for role in roles]
