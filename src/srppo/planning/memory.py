@@ -164,8 +164,10 @@ def phases(
         return items + in_flight(model, root, each if s.full else frozen, activations, head if s.full else None)
 
     def copies(*roles: str) -> list[Item]:
-        """Weights and moments of what is trained, cloned all at once (weights.snapshot): to the CPU, but shares where they are."""
-        return [Item(role, "checkpoint copy", 3 * held(trained[role]), gpu and not (sharded and s.full and not away)) for role in roles]
+        """saver.py: weights and moments of what is trained, copied to the CPU; without the background one tensor at a time."""
+        if not s.background_saves:
+            return []
+        return [Item(role, "checkpoint copy", 3 * held(trained[role]), host=gpu) for role in roles]
 
     def decoding(role: str, rows: int, distinct: int) -> list[Item]:
         """Decoding in this process; in vLLM's share, or on a server, it takes no more here."""
@@ -220,7 +222,7 @@ def phases(
     out.append(Phase("policy update", (*everyone, *prefixes, *update("policy", "policy"))))
     if s.critic == "own":
         out.append(Phase("critic update", (*everyone, *prefixes, *update("critic", "critic"))))
-    kept = [Item("critic", "checkpoint copy", sums, host=gpu)] if fitted else []
+    kept = [Item("critic", "checkpoint copy", sums, host=gpu)] if fitted and s.background_saves else []
     out.append(Phase("ppo checkpoint", (*everyone, *copies(*(r for r in ("policy", "critic") if r in trained)), *kept)))
     if sharded and s.full:
         out.append(Phase("saving", (*everyone, Item("policy", SAVED, n * each, host=gpu))))

@@ -11,6 +11,7 @@ from pathlib import Path
 from srppo.config import RunConfig
 from srppo.errors import TrainingStopped
 from srppo.masking import masked_sum
+from srppo.memory_limit import limits
 from srppo.methods.rlhf import preference_reward
 from srppo.methods.srppo import coherent_reward, first_beta, next_beta
 from srppo.models.over_rollout import role_logprobs, rollout_tokens
@@ -170,7 +171,8 @@ def _rounds(setup: PPOSetup, state: PPOState, evaluate: Callable[[int], dict[str
                 saver.wait()  # the guard keeps what the checkpoints on disk need
                 with phases("guard"):
                     metrics |= state.guard.look(iteration)
-            metrics |= phases.take() | ({"timing/profiled": 1.0} if profiled else {}) | ({} if world().alone else traffic.take())
+            metrics |= phases.take() | limits.metrics() | ({"timing/profiled": 1.0} if profiled else {})
+            metrics |= {} if world().alone else traffic.take()
             run.log({"stage": "ppo", "iteration": iteration, **metrics})
             state.logged = iteration
             ticker.advance(iteration, **_shown(metrics))
