@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,12 @@ class Watch:
         self.peak = max(self.peak, self.read("VmHWM"))
         Path("/proc/self/clear_refs").write_text("5")
 
-    def over(self, module: Any, name: str, phase: str) -> None:
-        """Watch every call of a function."""
+    def over(self, module: Any, name: str, called: str | Callable[[Any], str]) -> None:
+        """Watch every call of a function. called: the phase's name, or a function that gives it for the call's first argument."""
         inner = getattr(module, name)
 
         def watched(*args: Any, **options: Any) -> Any:
+            phase = called if isinstance(called, str) else called(args[0])
             if phase == "load":
                 self.start = self.read("VmRSS")
             self.turn()
@@ -122,7 +124,7 @@ def run_case(recipe: str) -> None:
 
     import srppo.stages
     import srppo.train.ppo
-    import srppo.train.sft
+    import srppo.train.saver
     import srppo.workspace
     from srppo.config import load_recipe
     from srppo.job import align
@@ -132,11 +134,10 @@ def run_case(recipe: str) -> None:
     (torch.ones(512, 512) @ torch.ones(512, 512)).sum()  # and so are the threads and buffers of matrix products
     watch.over(srppo.workspace, "build_roles", "load")
     watch.over(srppo.stages, "train_sft", "sft")
-    watch.over(srppo.train.sft, "save_checkpoint", "sft checkpoint")
+    watch.over(srppo.train.saver, "save_checkpoint", lambda folder: f"{folder.name} checkpoint")
     watch.over(srppo.train.ppo, "collect", "rollout")
     watch.over(srppo.train.ppo, "score", "scoring")
     watch.over(srppo.train.ppo, "update", "update")
-    watch.over(srppo.train.ppo, "save_checkpoint", "ppo checkpoint")
     watch.over(srppo.stages, "evaluate", "evaluation")
     align(config, progress=make_progress("quiet"))
     watch.turn()

@@ -154,7 +154,7 @@ def test_the_two_kinds_of_critic_are_not_mixed_up(tmp_path: Path) -> None:
     place = save_tiny(tmp_path / "llama")
     own, fitted = critic_of(place, "full", True), critic_of(place, "full", False)
     with pytest.raises(ModelError, match="without a trunk"):
-        own.values_of(Features([], []))
+        own.values_of(Features([], []), [])
     with pytest.raises(ModelError, match="critic"):
         fitted.load_critic_state(own.critic_state())
     with pytest.raises(ModelError, match="exists already"):

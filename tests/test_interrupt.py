@@ -1,4 +1,4 @@
-"""Signals: the first asks, the second insists, and nothing is left behind."""
+"""Signals: the first asks, the second insists, each has its exit code, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -7,18 +7,33 @@ import signal
 
 import pytest
 
-from srppo.train.interrupt import Interrupt, StopRequested
+from srppo.train.interrupt import Interrupt, Interrupted, StopRequested, Terminated
+
+KINDS = [(signal.SIGINT, "Ctrl-C again", KeyboardInterrupt, 130), (signal.SIGTERM, "Another SIGTERM", Terminated, 143)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_stops(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("number", "again", "insisted", "code"), KINDS)
+def test_the_first_signal_asks_and_the_second_stops(
+    number: signal.Signals, again: str, insisted: type[BaseException], code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(number)
     with Interrupt() as interrupt:
         interrupt.check()
+        interrupt.poll(3, 4)
         os.kill(os.getpid(), number)
-        assert interrupt.requested and "Ctrl-C again" in capfd.readouterr().err
-        with pytest.raises(StopRequested):
-            interrupt.check(3, 4)
-        with pytest.raises(KeyboardInterrupt):
+        assert interrupt.requested and f"{again} stops at once" in capfd.readouterr().err
+        for ask in (interrupt.check, interrupt.poll):
+            with pytest.raises(StopRequested):
+                ask()
+        with pytest.raises(KeyboardInterrupt) as stop:
             os.kill(os.getpid(), number)
+        assert type(stop.value) is insisted
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("number", "code"), [(kind[0], kind[3]) for kind in KINDS])
+def test_the_exit_code_is_the_first_signals(number: signal.Signals, code: int) -> None:
+    with pytest.raises(Interrupted) as stop, Interrupt():
+        os.kill(os.getpid(), number)
+        raise Interrupted("saved")
+    assert stop.value.exit_code == code

@@ -12,6 +12,11 @@ from srppo.records import LossOutput
 from srppo.train.learner import Learner, cosine_lr, scheduled_lr
 
 
+def cloned(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As a checkpoint would hold it."""
+    return {name: value.clone() for name, value in state.items()}
+
+
 def quadratic(parameter: Parameter, targets: torch.Tensor) -> LossOutput:
     """Sum over tokens of (p - target)^2: gradient 2 (p - target) a token."""
     loss = ((parameter - targets) ** 2).sum()
@@ -72,7 +77,7 @@ def test_state_carries_over_exactly() -> None:
         first.step([lambda t=t: quadratic(again, t)], 1)
     moved = Parameter(again.detach().clone())
     second = Learner({"p": moved}, 0.1, 1e9)
-    second.load_state(first.state())
+    second.load_state(cloned(first.state()))
     for t in targets[2:]:
         second.step([lambda t=t: quadratic(moved, t)], 1)
     assert torch.equal(parameter, moved)
@@ -114,7 +119,7 @@ def test_moments_of_a_transposed_weight_resume() -> None:
     start = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     whole = learner(start.clone().t())
     step(whole, 1)
-    saved, state = whole.parameters["w"].detach().clone(memory_format=torch.contiguous_format), whole.state()
+    saved, state = whole.parameters["w"].detach().clone(memory_format=torch.contiguous_format), cloned(whole.state())
     step(whole, 2)
     lying = torch.empty(6, 4).t()
     lying.copy_(saved)

@@ -76,14 +76,6 @@ def test_lora_holds_one_model_and_adapters(folder: Path) -> None:
     assert sums(phase(grouped, "policy update"), "optimizer") == 8 * plan.adapter
 
 
-def test_more_gpus_split_weights_gradients_and_moments(folder: Path) -> None:
-    one, two = plan_of(folder), plan_of(folder, replace(GPU, count=2))
-    for purpose in ("weights", "gradients", "optimizer"):
-        assert abs(2 * sums(phase(two, "policy update"), purpose) - sums(phase(one, "policy update"), purpose)) <= 16
-    assert sums(phase(two, "policy update"), "gathered layer") > 0
-    assert two.times.round == pytest.approx(one.times.round / 2)
-
-
 def test_offloading_leaves_one_frozen_model_on_the_gpu(folder: Path) -> None:
     job = config(folder)
     architecture = read_architecture(job.model)

@@ -60,10 +60,13 @@ class StopAt(Interrupt):
         super().__init__()
         self.left = at
 
-    def check(self, *_: object) -> None:
+    def check(self) -> None:
+        self.poll()
+
+    def poll(self, *_: object) -> None:
         self.left -= 1
         self.requested = self.left <= 0
-        super().check()
+        super().poll()
 
 
 def run(config: Any, **options: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from srppo.progress import Progress
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for a program that Ctrl-C ended
+INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT or SIGTERM, what a shell reports for a program that such a signal ended
 
 
 class Commands(click.Group):
@@ -36,11 +36,18 @@ class Commands(click.Group):
         except SrppoError as error:
             if ctx.meta.get("debug"):
                 raise
-            click.echo(f"srppo: {clean(str(error))}", err=True)  # it may quote data, and what a user's scorer said
+            if not getattr(error, "told", False):  # by rank 0, of several processes
+                click.echo(f"srppo: {_process()}{clean(str(error))}", err=True)  # it may quote data, and what a user's scorer said
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             click.echo("\n" + after_interrupt(ctx.meta.get("output")), err=True)
-            ctx.exit(INTERRUPTED)
+            ctx.exit(TERMINATED if type(error).__name__ == "Terminated" else INTERRUPTED)  # whose module is slow to load
+
+
+def _process() -> str:
+    """Which of several processes speaks, where it is not the first."""
+    rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE") or 1) > 1 else "0"
+    return "" if rank == "0" else f"process {rank}: "
 
 
 def after_interrupt(output: str | None) -> str:
@@ -199,7 +206,9 @@ def diagnose(
 @cli.command(cls=RunCommand, short_help="Memory and time of a run, before it is run: does it fit?")
 @click.argument("recipe", required=False)
 @click.option("--gpu", help="Plan for this card instead of what is here: a100, h100, h200, l40s, rtx4090 …")
-@click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="Plan for so many of them.")
+@click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="So many on each machine, a process each.")
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), help="So many machines.")
+@click.option("--network", type=click.FloatRange(0, min_open=True), help="Gbit/s of a machine to the others, over the table's.")
 @click.option("--gpu-memory", help="A card's memory, over the table's or the present one's: 80GB, 24GiB.")
 @click.option("--response-tokens", type=click.FloatRange(1), help="Mean length of the responses to come, for the time.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as one JSON object on standard output, and nothing else there.")
@@ -210,6 +219,8 @@ def plan(
     recipe: str | None,
     gpu: str | None,
     gpus: int,
+    nodes: int,
+    network: float | None,
     gpu_memory: str | None,
     response_tokens: float | None,
     as_json: bool,
@@ -222,7 +233,7 @@ def plan(
     config = _config(ctx, recipe, flags)
     from srppo.planning.run import run_plan
 
-    planned = run_plan(config, gpu=gpu, gpus=gpus, gpu_memory=gpu_memory, response_tokens=response_tokens)
+    planned = run_plan(config, gpu=gpu, gpus=gpus, nodes=nodes, gpu_memory=gpu_memory, network=network, response_tokens=response_tokens)
     if as_json:
         import json
 
@@ -230,7 +241,7 @@ def plan(
         return
     from srppo.planning.tell import tell
 
-    tell(planned.plan, planned.remedy, planned.lengths_from, sys.stdout)
+    tell(planned, sys.stdout)
 
 
 @cli.command(cls=RunCommand, short_help="Evaluate a run again, or another model by its rules.")

@@ -18,6 +18,7 @@ from srppo.sections import (
     EvaluationConfig,
     GuardConfig,
     ModelConfig,
+    ParallelConfig,
     PPOConfig,
     RewardConfig,
     RolloutConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "GuardConfig",
     "ModelConfig",
     "PPOConfig",
+    "ParallelConfig",
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
@@ -59,8 +61,11 @@ class RunConfig(Section):
     """CPU threads; by default OMP_NUM_THREADS, else the cores that affinity and cgroup quota leave, less those that others keep busy."""
     profile: bool = False
     """Write a torch.profiler trace of the second PPO round, and a table of its operators, to profile/ in the run folder."""
+    background_checkpoints: bool = False
+    """Write checkpoints while training goes on, from a copy of weights and moments in the CPU's memory."""
     model: ModelConfig = ModelConfig()
     tuning: TuningConfig = TuningConfig()
+    parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()

@@ -16,6 +16,7 @@ from srppo.train.checkpoint import load_own, saved_steps
 from srppo.train.interrupt import Interrupted, StopRequested
 from srppo.train.sft import share_name
 from srppo.workspace import Workspace, metered
+from srppo.world import world
 
 STAGE = "diagnose"
 MOVED = "start"  # stages/start.json: which checkpoint the card has put in place of sft/
@@ -81,6 +82,7 @@ def make_card(space: Workspace) -> RewardCard:
             scorer=loaded.scorer,
             progress=space.progress,
             check=space.interrupt.check,
+            poll=space.interrupt.poll,
         )
     except StopRequested:
         raise Interrupted("stopped while the reward card was made, which --resume starts again; finished stages are saved") from None
@@ -93,7 +95,8 @@ def make_card(space: Workspace) -> RewardCard:
 
 def ppo_begun(space: Workspace) -> bool:
     """Whether PPO has left anything that a resumed run goes on from."""
-    return outcome(space, "ppo") is not None or bool(saved_steps(space.run.path / "checkpoints" / "ppo"))
+    folder = space.run.path / "checkpoints" / "ppo"
+    return outcome(space, "ppo") is not None or world().once(lambda: bool(saved_steps(folder)))
 
 
 def _as_used(space: Workspace) -> RunConfig:
@@ -171,7 +174,8 @@ def _move(space: Workspace, start: str) -> None:
     roles.drop(CANDIDATE)
     finish(space, MOVED, {"held": UNKNOWN})
     for stale in ("stages/evaluate-sft.json", "evaluation/sft.jsonl"):  # they speak of the checkpoint that was there
-        (run.path / stale).unlink(missing_ok=True)
+        if world().main:
+            (run.path / stale).unlink(missing_ok=True)
     roles.drop("sft")
     load_own(roles, "sft", folder)
     roles.save("sft", run.path / "sft", card=model_card(space.config, "sft"))
@@ -195,7 +199,7 @@ def _refuse(space: Workspace, reasons: list[str]) -> None:
         return
     from srppo.report import write_report  # plotting is slow to import and needed only here
 
-    write_report(space.run.path)
+    world().once(lambda: write_report(space.run.path))
     raise RewardRefused(
         f"the reward card says no-go, so PPO was not run. {' '.join(reasons[:1])} The card is in {space.run.path / 'report.html'}. "
         "To run PPO all the same: add --resume --diagnose.on_no_go warn"

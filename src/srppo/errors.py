@@ -47,6 +47,12 @@ class RunFolderError(SrppoError):
     """An output folder that exists, is not a run, is damaged, or cannot be written."""
 
 
+class LostProcess(SrppoError):
+    """Another process of the run failed, by an error that could not be handed on as it was."""
+
+    exit_code = 1
+
+
 class TrainingStopped(SrppoError):
     """Training was stopped on purpose (repeated non-finite steps, interruption); the state was saved first."""
 

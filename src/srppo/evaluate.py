@@ -13,6 +13,7 @@ from srppo.intervals import bootstrap_interval
 from srppo.records import Prompt, Rollout
 from srppo.rollout.engine import RolloutEngine, Sampling, repeated
 from srppo.scoring import Scorer
+from srppo.world import world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,6 +110,13 @@ def evaluate(
             every,
             progress_from(len(index)),
         )
+    rows = world().once(lambda: _answers(prompts, sampled, greedy, samples, scorer, decode))  # the user's code runs in one process
+    return Evaluation(_groups(prompts, rows, sampled, greedy, samples), rows)
+
+
+def _answers(
+    prompts: Sequence[Prompt], sampled: Rollout, greedy: Rollout, samples: int, scorer: Scorer | None, decode: Callable[[list[int]], str]
+) -> list[Answers]:
     rows = []
     for i, prompt in enumerate(prompts):
         own = list(range(i * samples, (i + 1) * samples))
@@ -126,7 +134,7 @@ def evaluate(
                 lengths=sampled.lengths[own].tolist(),
             )
         )
-    return Evaluation(_groups(prompts, rows, sampled, greedy, samples), rows)
+    return rows
 
 
 def _groups(prompts: Sequence[Prompt], rows: Sequence[Answers], sampled: Rollout, greedy: Rollout, samples: int) -> dict[str, GroupResult]:

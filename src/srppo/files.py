@@ -15,6 +15,7 @@ from typing import Any
 
 from srppo.errors import RunFolderError
 from srppo.links import open_here
+from srppo.world import world
 
 _ADVICE = {
     errno.ENOSPC: "no space is left on the device; free some, or choose another --output; then continue with --resume",
@@ -39,7 +40,12 @@ def write_errors(path: str | Path) -> Iterator[None]:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Atomic: a temporary file beside it, fsync, rename. Raises RunFolderError; no temporary file stays."""
+    """Atomic: a temporary file beside it, fsync, rename, fsync of the folder. Raises RunFolderError; no temporary file stays.
+
+    Of several processes rank 0 alone writes; the others return at once.
+    """
+    if not world().main:
+        return
     path = Path(path)
     with write_errors(path):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -50,10 +56,34 @@ def write_bytes(path: str | Path, content: bytes) -> None:
                 os.fsync(stream.fileno())
             os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes private files; results are shared like any other file
             os.replace(temporary, path)
+            sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
+
+
+def sync_folder(path: str | Path) -> None:
+    """Flush a folder's list of names to the disk, so that what was written and renamed in it survives a power failure."""
+    if os.name == "nt":  # which opens no folder
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: str | Path) -> None:
+    """Flush a folder with all that is in it to the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            handle = os.open(os.path.join(place, name), os.O_RDWR)  # Windows flushes what may be written only
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_folder(place)
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -67,7 +97,9 @@ def write_lines(path: str | Path, records: list[dict[str, Any]]) -> None:
 
 
 def append_lines(path: str | Path, records: list[dict[str, Any]]) -> None:
-    """Add records to a jsonl file. Where that fails the file keeps its old length: no half line."""
+    """Add records to a jsonl file. Where that fails the file keeps its old length: no half line. Rank 0 alone writes."""
+    if not world().main:
+        return
     content = _lines(records)
     # Unbuffered: a buffer would write what is left of a refused line when the file is closed, after the truncation.
     with write_errors(path), open(path, "ab", buffering=0, opener=_no_link) as stream:

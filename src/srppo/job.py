@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from srppo.config import RunConfig, build, merge
 from srppo.diagnose import tell
@@ -21,10 +22,28 @@ from srppo.text import counted
 from srppo.titles import stage_titles
 from srppo.train.continued import ROLE as CONTINUED
 from srppo.workspace import Workspace, open_workspace
+from srppo.world import world, world_of_run
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 STAGES = ("base", "sft", CONTINUED, "srppo")
 
 
+def by_all_processes(job: Callable[P, R]) -> Callable[P, R]:
+    """Of a job that torchrun may have started several times: it is done by all together, and rank 0 alone reports."""
+
+    @functools.wraps(job)
+    def together(*args: P.args, **options: P.kwargs) -> R:
+        with world_of_run() as here:
+            if not here.main:
+                options["progress"] = make_progress("silent")
+            return job(*args, **options)
+
+    return together
+
+
+@by_all_processes
 def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """SFT, the reward card, Self-Rewarding PPO, the continued-SFT baseline and the evaluation of all. Returns (and writes) the summary.
 
@@ -50,6 +69,7 @@ def align(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
         return conclude(space)
 
 
+@by_all_processes
 def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Supervised fine-tuning alone, with its evaluation beside the base's."""
     progress = progress or make_progress("live")
@@ -60,10 +80,12 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False,
         return conclude(space)
 
 
+@by_all_processes
 def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """PPO alone, from sft.checkpoint or from the SFT model that a run in config.output already holds (then pass resume)."""
     progress = progress or make_progress("live")
-    if config.sft.checkpoint is None and not (resume and (Path(config.output) / "stages/sft.json").is_file()):
+    held = world().once(lambda: (Path(config.output) / "stages/sft.json").is_file())
+    if config.sft.checkpoint is None and not (resume and held):
         raise ConfigError(
             f"there is no SFT model to start PPO from: set sft.checkpoint, or run `srppo sft` into {config.output} first and add --resume"
         )
@@ -77,6 +99,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False,
         return conclude(space)
 
 
+@by_all_processes
 def run_diagnose(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """The reward card alone: of the SFT that the run in config.output holds (resume), of sft.checkpoint, or of one trained first.
 
@@ -96,10 +119,11 @@ def run_diagnose(config: RunConfig, *, resume: bool = False, overwrite: bool = F
         tell(card, progress)
         from srppo.report import write_report  # plotting is slow to import and needed only here
 
-        progress.note(f"report: {write_report(space.run.path)}")
+        progress.note(f"report: {world().once(lambda: write_report(space.run.path))}")
     return card.to_dict()
 
 
+@by_all_processes
 def run_evaluate(target: str, config: RunConfig | None = None, *, progress: Progress | None = None) -> dict[str, Any]:
     """Evaluate again what a run folder holds, or evaluate a model beside the base of a recipe.
 
@@ -135,9 +159,9 @@ def conclude(space: Workspace) -> dict[str, Any]:
     space.run.write_json("summary.json", summary)
     space.note_cost()
     with space.ledger.stage("report"):
-        write_report(space.run.path)
+        world().once(lambda: write_report(space.run.path))
     show(summary, space.progress, stage_titles(space.config.reward.kind))
-    if line := closing_line(space.run.path):
+    if line := world().once(lambda: closing_line(space.run.path)):
         space.progress.note(line)
     space.progress.note(f"report: {space.run.path / 'report.html'}")
     return summary
@@ -168,7 +192,7 @@ def summarise(space: Workspace) -> dict[str, Any]:
             summary[f"{name}_training"] = {k: v for k, v in trained.items() if k not in ("compute", "seconds")}
     if start := start_checkpoint(space):
         summary["sft_training"]["kept"] = start
-    answers = {s: read_answers(space.run.path / f"evaluation/{s}.jsonl") for s in STAGES if summary.get(s)}
+    answers = world().once(lambda: {s: read_answers(space.run.path / f"evaluation/{s}.jsonl") for s in STAGES if summary.get(s)})
     extras["srppo_gain"] = {
         other: {group: gain.to_dict() for group in summary[other] if (gain := paired_gain(rows, answers["srppo"], group))}
         for other, rows in answers.items()

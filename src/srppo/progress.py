@@ -57,7 +57,7 @@ class Progress(Protocol):
 
 
 def make_progress(mode: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> Progress:
-    """mode: live (plain where the stream is no terminal), plain, quiet or json. stream: stdout by default.
+    """mode: live (plain where the stream is no terminal), plain, quiet, json, or silent (nothing at all). stream: stdout by default.
 
     Raises ValueError for another mode.
     """
@@ -67,6 +67,7 @@ def make_progress(mode: str, stream: TextIO | None = None, clock: Callable[[], f
         "plain": lambda: PlainProgress(out, clock),
         "quiet": lambda: QuietProgress(out),
         "json": lambda: JsonProgress(out, clock),
+        "silent": lambda: SilentProgress(),
     }
     if mode not in makers:
         raise ValueError(f"progress mode {mode!r}: one of {', '.join(makers)}")
@@ -272,6 +273,23 @@ class QuietProgress:
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         _print_table(_console(self._stream, terminal=False), title, columns, rows)
         self._stream.flush()
+
+
+class SilentProgress:
+    """Nothing: of several processes, all but the first."""
+
+    @contextlib.contextmanager
+    def stage(self, title: str, total: int, unit: str, start: int = 0) -> Iterator[Stage]:
+        yield _Recorder(Meter(total, unit, start, time.monotonic))
+
+    def note(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        pass
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        pass
 
 
 class JsonProgress:

@@ -31,6 +31,7 @@ from srppo.files import (
 from srppo.links import open_here, refuse_links
 from srppo.outcomes import read_environment
 from srppo.run_config import refuse_changes
+from srppo.world import world
 
 if sys.platform != "win32":  # there: no lock, the rest works
     import fcntl
@@ -43,11 +44,14 @@ HARMLESS = frozenset(
         "output",
         "threads",
         "profile",
+        "parallel",
+        "background_checkpoints",
         "model.device",
         "model.gradient_checkpointing",
         "model.offload_frozen",
         "model.compile",
         "sft.micro_batch_tokens",
+        "sft.checkpoint_every",
         "rollout.batch_size",
         "rollout.cuda_graphs",
         "rollout.merge_adapters",
@@ -83,7 +87,7 @@ def refuse_existing(output: str | Path) -> None:
 class RunFolder:
     """An open run folder, locked for this process until `close` (it is a context manager)."""
 
-    def __init__(self, path: Path, lock: IO[str], resumed: bool):
+    def __init__(self, path: Path, lock: IO[str] | None, resumed: bool):
         self.path = path
         self.resumed = resumed  # whether the folder held a run before
         self._lock = lock
@@ -117,6 +121,17 @@ class RunFolder:
         the configurations differ; another process is using it; it cannot be written.
         """
         path = Path(path)
+        mine: list[RunFolder] = []
+
+        def take() -> bool:
+            mine.append(cls._open(path, config_yaml, resume, overwrite, may_differ))
+            return mine[0].resumed
+
+        resumed = world().once(take)  # by rank 0, which holds the lock and writes for all
+        return mine[0] if mine else cls(path, None, resumed)
+
+    @classmethod
+    def _open(cls, path: Path, config_yaml: str, resume: bool, overwrite: bool, may_differ: Collection[str]) -> RunFolder:
         cls.check(path, resume=resume, overwrite=overwrite)
         fresh = not os.path.lexists(path)
         with write_errors(path):
@@ -160,7 +175,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the lock. The lock file stays: removing it would let two processes lock two files of one name."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> RunFolder:
         return self

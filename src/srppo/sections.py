@@ -141,6 +141,8 @@ class SFTConfig(Section):
     keep: Literal["auto", "best", "last"] | float = "auto"
     """The checkpoint PPO starts from: the reward card's choice (auto; the last one where no card is made), the lowest held-out loss,
     the last, or one of the shares of `checkpoints_at`."""
+    checkpoint_every: int = Field(default=100, ge=0)
+    """Steps between checkpoints to resume from, of SFT and continued SFT; 0: only at the shares of `checkpoints_at`. The last two stay."""
     eval_every: int = Field(default=0, ge=0)
     """Held-out loss every so many steps; 0 means at the checkpoints only."""
 
@@ -351,3 +353,11 @@ class GuardConfig(Section):
     """Looks without a better one before the stop. PPO often dips in its first rounds and recovers: two would be too few."""
     keep: Literal["best", "last"] = "best"
     """The policy that is kept: of the best look (the SFT itself included), or of the last round."""
+
+
+class ParallelConfig(Section):
+    shard_size: int | None = Field(default=None, ge=1)
+    """Of several processes (torchrun), how many hold one copy of the weights between them: all of them if unset; 1: each holds whole
+    copies; between: copies of that many processes each, such as the GPUs of a machine (HSDP)."""
+    cpu_offload: bool = False
+    """Several GPUs: the spread weights, gradients and optimizer states live in the machine's memory (FSDP2's CPU off-load). Slow."""

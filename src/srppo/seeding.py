@@ -19,6 +19,11 @@ def generator(seed: int, *purpose: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, *purpose))
 
 
+def seed_dropout(seed: int, *purpose: int | str) -> None:
+    """Seed torch's own stream, which an adapter's dropout draws from, for one purpose."""
+    torch.manual_seed(stream_seed(seed, "dropout", *purpose))
+
+
 def permutation(n: int, seed: int, *purpose: int | str) -> list[int]:
     """A seeded shuffle of range(n)."""
     return torch.randperm(n, generator=generator(seed, *purpose)).tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import asdict
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,6 +25,7 @@ from srppo.train.ppo import PPOSetup, train_ppo
 from srppo.train.sft import share_name, train_sft
 from srppo.train.supervised import heldout_nll
 from srppo.workspace import Workspace, metered
+from srppo.world import world
 
 _ANSWERS: WeakKeyDictionary[Workspace, Rollout] = WeakKeyDictionary()
 ROLE_OF_STAGE = {"base": "base", "sft": "sft", CONTINUED: CONTINUED, "srppo": "policy"}
@@ -33,8 +33,8 @@ ROLE_OF_STAGE = {"base": "base", "sft": "sft", CONTINUED: CONTINUED, "srppo": "p
 
 def outcome(space: Workspace, name: str) -> dict[str, Any] | None:
     """What a finished stage left, or None. Raises RunFolderError where that is damaged."""
-    file = f"stages/{name}.json"
-    return read_outcome(space.run.path / file, name) if space.run.has(file) else None
+    file, run = f"stages/{name}.json", space.run
+    return world().once(lambda: read_outcome(run.path / file, name) if run.has(file) else None)
 
 
 def finish(space: Workspace, name: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def sft_stage(space: Workspace) -> dict[str, Any]:
     elif done is not None:
         load_own(roles, "sft", run.path / "sft")
     else:
-        compute, started = Compute(), time.monotonic()
+        compute = Compute()
         result = train_sft(
             roles,
             space.loaded.demonstrations.train,
@@ -65,8 +65,8 @@ def sft_stage(space: Workspace) -> dict[str, Any]:
             interrupt=space.interrupt,
         )
         roles.save("sft", run.path / "sft", card=model_card(config, "sft"))
-        done = finish(space, "sft", {**result.to_dict(), "compute": compute.to_dict(), "seconds": time.monotonic() - started})
-        drop_checkpoint(space, "sft")
+        done = finish(space, "sft", {**result.to_dict(), "compute": compute.to_dict(), "seconds": space.ledger.seconds("sft")})
+    drop_checkpoint(space, "sft")  # also where the process that finished was killed before
     return done
 
 
@@ -77,11 +77,12 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
     done = outcome(space, "ppo")
     if done is not None:
         roles.load("policy", run.path / "policy")
+        drop_checkpoint(space, CHECKPOINTS)
         return done
     if isinstance(config.reward.checkpoint, float | int):
         load_own(roles, "reward", run.path / "sft_checkpoints" / share_name(config.reward.checkpoint))
         roles.freeze("reward")
-    compute, started = Compute(), time.monotonic()
+    compute = Compute()
     during = limit_per_group(loaded.evaluation_prompts, config.evaluation.during_prompts)
 
     def evaluate_now(iteration: int) -> dict[str, float]:
@@ -134,7 +135,7 @@ def ppo_stage(space: Workspace) -> dict[str, Any]:
             "skipped_steps": sum(learner.total_skips for learner in state.learners),
             **kept,
             "compute": compute.to_dict(),
-            "seconds": time.monotonic() - started,
+            "seconds": space.ledger.seconds("ppo"),
         },
     )
     drop_checkpoint(space, CHECKPOINTS)
@@ -171,8 +172,9 @@ def continued_stage(space: Workspace, passes: int) -> dict[str, Any]:
     done = outcome(space, CONTINUED)
     if done is not None:
         roles.load(CONTINUED, run.path / CONTINUED)
+        drop_checkpoint(space, CONTINUED)
         return done
-    compute, started = Compute(), time.monotonic()
+    compute = Compute()
     roles.load(CONTINUED, config.sft.checkpoint or run.path / "sft")
     result = continue_sft(
         roles,
@@ -186,7 +188,7 @@ def continued_stage(space: Workspace, passes: int) -> dict[str, Any]:
         interrupt=space.interrupt,
     )
     roles.save(CONTINUED, run.path / CONTINUED, card=model_card(config, CONTINUED))
-    done = finish(space, CONTINUED, {**result.to_dict(), "compute": compute.to_dict(), "seconds": time.monotonic() - started})
+    done = finish(space, CONTINUED, {**result.to_dict(), "compute": compute.to_dict(), "seconds": space.ledger.seconds(CONTINUED)})
     drop_checkpoint(space, CONTINUED)
     return done
 
@@ -206,7 +208,7 @@ def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[
             with space.progress.stage(f"Evaluate {stage_titles(config.reward.kind)[stage]}", total, "answers") as ticker:
 
                 def tick(finished: int, _: int) -> None:
-                    space.interrupt.check()
+                    space.interrupt.poll()
                     ticker.advance(finished)
 
                 result = evaluate(
@@ -236,7 +238,7 @@ def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[
 def _base_evaluation(space: Workspace) -> Evaluation:
     """The base's evaluation as its stage wrote it."""
     groups = (outcome(space, "evaluate-base") or {"groups": {}})["groups"]
-    rows = [Answers(**row) for row in read_answers(space.run.path / "evaluation/base.jsonl")]
+    rows = [Answers(**row) for row in world().once(lambda: read_answers(space.run.path / "evaluation/base.jsonl"))]
     return Evaluation({name: GroupResult(**group) for name, group in groups.items()}, rows)
 
 
@@ -262,4 +264,5 @@ def _base_answers(space: Workspace) -> Rollout:
 
 def drop_checkpoint(space: Workspace, name: str) -> None:
     """Training state that a finished stage needs no more."""
-    shutil.rmtree(space.run.path / "checkpoints" / name, ignore_errors=True)
+    if world().main:
+        shutil.rmtree(space.run.path / "checkpoints" / name, ignore_errors=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -19,7 +20,7 @@ from srppo.data.demonstrations import Demonstrations, load_demonstrations
 from srppo.data.prompts import PromptSet, load_prompts
 from srppo.data.report import data_summary
 from srppo.data.sources import read_rows
-from srppo.errors import ConfigError, DataError
+from srppo.errors import ConfigError, DataError, RunFolderError
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles, build_roles
 from srppo.outcomes import read_elapsed
@@ -35,7 +36,9 @@ from srppo.run_folder import RunFolder
 from srppo.scoring import Scorer, load_scorer
 from srppo.threads import ThreadWatch, Watched, set_threads, torch_threads
 from srppo.train.interrupt import Interrupt
+from srppo.world import start_world
 
+NOTED_EVERY = 10.0  # seconds between two notes of what the run cost
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -87,8 +90,28 @@ class Workspace:
 
     def note_cost(self) -> None:
         """Write what the run cost so far, for the process that resumes it."""
-        cost = {"seconds": self.elapsed(), "peak_rss_mb": self.peak_rss_mb(), "stages": self.ledger.stages}
-        self.run.write_json("elapsed.json", cost)
+        self._write_cost(self.peak_rss_mb())
+
+    def _write_cost(self, peak: float) -> None:
+        self.run.write_json("elapsed.json", {"seconds": self.elapsed(), "peak_rss_mb": peak, "stages": self.ledger.so_far()})
+
+    @contextmanager
+    def costs_noted(self) -> Iterator[None]:
+        """Inside it what the run cost is noted every NOTED_EVERY seconds, lest a process that is killed should count for nothing."""
+        over = threading.Event()
+
+        def note() -> None:
+            while not over.wait(NOTED_EVERY):
+                with suppress(RunFolderError, RuntimeError):  # a full disk is told where more depends on it
+                    self._write_cost(max(self.peak_before, resident().highest.get("", 0.0)))
+
+        thread = threading.Thread(target=note, name="srppo-costs", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 def metered(name: str) -> Callable[[Callable[Concatenate[Workspace, P], R]], Callable[Concatenate[Workspace, P], R]]:
@@ -137,27 +160,31 @@ def open_workspace(
     ppo: whether PPO is to run, so that what judges responses is needed.
     """
     started = time.monotonic()
+    here = start_world()
+    if not here.alone:
+        progress.note(f"{here.size} processes, {here.local_size} on this machine")
     progress.note(set_threads(config.threads))
     keep_freed_memory()
     progress = Watched(progress, ThreadWatch(progress.warn, torch_threads))
     text = dump(config)
-    RunFolder.check(config.output, resume=resume, overwrite=overwrite, config_yaml=text, may_differ=may_differ)
-    check_inputs(config)
+    here.once(lambda: RunFolder.check(config.output, resume=resume, overwrite=overwrite, config_yaml=text, may_differ=may_differ))
+    here.once(lambda: check_inputs(config))  # rank 0 first, so that what a hub data set needs is there for the others
     judging = ppo and config.reward.kind == "preference_model" and config.ppo.iterations > 0
-    if resume and (Path(config.output) / "stages/ppo.json").is_file():
+    if resume and here.once(lambda: (Path(config.output) / "stages/ppo.json").is_file()):
         judging = False  # PPO is done
     loading = Ledger()
     with loading.stage("load"):
         loaded = _load(config, progress, judging)  # before the folder is touched: a wrong model or file leaves no trace
     with RunFolder.open(config.output, text, resume=resume, overwrite=overwrite, may_differ=may_differ) as run, Interrupt() as interrupt:
-        before = read_elapsed(run.path / "elapsed.json")
+        before = here.once(lambda: read_elapsed(run.path / "elapsed.json"))
         ledger = Ledger(before.get("stages"))
         ledger.add(loading)
         spent = (before.get("seconds", 0.0), before.get("peak_rss_mb", 0.0))
         space = Workspace(config, run, progress, interrupt, loaded, started, *spent, ledger)
         run.write_json("data.json", loaded.data_summary)
         try:
-            yield space
+            with space.costs_noted():
+                yield space
         finally:
             space.note_cost()
 

@@ -28,6 +28,7 @@ from srppo.rollout.torch_engine import TorchEngine
 from srppo.scoring import Scorer
 from srppo.seeding import permutation
 from srppo.train.checkpoint import load_own
+from srppo.world import world
 
 CANDIDATE = "candidate"  # the role a checkpoint plays while it is looked at
 OTHER = "reward"  # the name of a numerator that is no checkpoint of this run's SFT
@@ -123,6 +124,7 @@ class Gatherer:
     engine: TorchEngine
     config: RunConfig
     check: Callable[[], None]  # raises where the user wants to stop
+    poll: Callable[[int, int], None]  # the same in the middle of decoding, with rows done and rows in all
 
     def demonstrations(self, examples: Sequence[Example]) -> Responses:
         """Held-out demonstrations as responses, one a prompt (see chosen_demonstrations)."""
@@ -133,7 +135,7 @@ class Gatherer:
         """`each` responses at temperature 1 to each prompt. The random streams depend on author, purpose, prompt and sample."""
         rows, seeds, index = self._rows(author, prompts, each, purpose)
         with self.roles.use(role) as model:
-            rollout = self.engine.generate(model, rows, seeds, self._sampling, index, lambda *_: self.check())
+            rollout = self.engine.generate(model, rows, seeds, self._sampling, index, self.poll)
         return Responses(rollout, each, {})
 
     def sample_extrapolated(
@@ -151,7 +153,7 @@ class Gatherer:
             start=start,
             numerator=numerator,
             prompt_index=index,
-            on_progress=lambda *_: self.check(),
+            on_progress=self.poll,
         )
         return Responses(rollout, each, {})
 
@@ -216,7 +218,7 @@ def scores_of(scorer: Scorer | None, prompts: Sequence[Prompt], responses: Respo
         return None
     texts = [decode(responses.rollout.response_ids(b)) for b in range(len(responses.rollout.prompt_ids))]
     try:
-        scores = [scorer(text, prompts[b // responses.each].fields) for b, text in enumerate(texts)]
+        scores = world().once(lambda: [scorer(text, prompts[b // responses.each].fields) for b, text in enumerate(texts)])
     except MissingAnswer:  # as PPO's prompts usually do
         return None
     return np.asarray(scores, dtype=np.float64).reshape(-1, responses.each)

@@ -37,6 +37,7 @@ def diagnose(
     scorer: Scorer | None,
     progress: Progress,
     check: Callable[[], None] = lambda: None,
+    poll: Callable[[int, int], None] = lambda done, total: None,
 ) -> RewardCard:
     """Make the reward card. The roles are left as they were found.
 
@@ -46,7 +47,7 @@ def diagnose(
     """
     settings, reward = config.diagnose, coherent_reward(config.reward)
     scorer = forgiving(scorer, progress.warn)
-    gatherer = Gatherer(roles, engine, config, check)
+    gatherer = Gatherer(roles, engine, config, check, poll)
     open_pairs = considered(checkpoints, config)
     starts, numerators = (list(dict.fromkeys(side)) for side in zip(*open_pairs, strict=True))
     # Empty where beta does not mean what the theory says: nothing is foretold of any then.

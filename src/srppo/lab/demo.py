@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from srppo.config import build, dump, merge
-from srppo.job import align
+from srppo.job import align, by_all_processes
 from srppo.lab.world import recipe, write_world
 from srppo.progress import Progress, make_progress
 from srppo.run_folder import RunFolder
+from srppo.world import start_world
 
 WHAT = """\
 A tiny language model was pretrained on texts by many authors: some answer string tasks right, some answer another task, some ramble,
@@ -22,6 +23,7 @@ Demonstrations show right, terse answers for FOUR of ten task families. The ques
 """
 
 
+@by_all_processes
 def demo(
     seed: int = 0,
     output: str = "runs/demo",
@@ -38,10 +40,10 @@ def demo(
     """
     progress = progress or make_progress("live")
     progress.note(WHAT)
-    world = Path(f"{output}-world")
-    config = build(merge(recipe(world, seed, output), {name.replace("__", "."): value for name, value in changes.items()}))
-    RunFolder.check(output, resume=resume, overwrite=overwrite, config_yaml=dump(config))
-    write_world(world, seed)
+    place, here = Path(f"{output}-world"), start_world()
+    config = build(merge(recipe(place, seed, output), {name.replace("__", "."): value for name, value in changes.items()}))
+    here.once(lambda: RunFolder.check(output, resume=resume, overwrite=overwrite, config_yaml=dump(config)))
+    here.once(lambda: write_world(place, seed))
     summary = align(config, resume=resume, overwrite=overwrite, progress=progress)
     for line in verdict(summary):
         progress.note(line)

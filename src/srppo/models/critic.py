@@ -23,4 +23,4 @@ def token_values(trunk: PreTrainedModel, head: nn.Linear, batch: TokenBatch, *, 
     batch = batch.to(trunk.device)
     with autocasting(trunk.device, autocast):
         states = target_states(trunk, batch)
-    return head(states.float()).squeeze(-1)
+    return head(states.float()).squeeze(-1).clone()  # no view: FSDP2's hook on the result would be lost by a change in place

@@ -17,6 +17,7 @@ from srppo.models.modes import set_mode, undisturbed
 from srppo.models.offload import Offloaded
 from srppo.models.plan import plan, share_plan
 from srppo.models.saving import save_model
+from srppo.models.sharding import Sharding, own, whole_on_main
 from srppo.models.weights import copy_into, distinct_tensors, embedding_rows
 
 _HEADLESS = "critic"
@@ -35,19 +36,22 @@ class FullRoles:
         frozen_dtype: torch.dtype,
         offload: bool = False,
         compiled: bool = False,
+        sharding: Sharding | None = None,
     ):
         """load(None) reads the base again, load(folder) another model; both in the trained precision `dtype`.
 
         offload: frozen models live in the machine's memory. compiled: decoder layers go through torch.compile.
+        sharding: how the models are spread over the processes; base is already, and so is what `load` gives.
         """
+        self._sharding = sharding
         self._load, self._dtype, self._frozen_dtype, self._offload, self._compiled = load, dtype, frozen_dtype, offload, compiled
         self._models: dict[str, PreTrainedModel] = {"base": base}
         self._frozen = {"base"}
         self._away: dict[str, Offloaded] = {}
-        self._device = base.device
+        self._device = sharding.device if sharding else base.device
         if compiled:
             compile_layers(base)
-        if offload:
+        if offload and sharding is None:
             self._away["base"] = Offloaded(base, self._device)
 
     def names(self) -> set[str]:
@@ -57,17 +61,26 @@ class FullRoles:
         if source == "base" and self._dtype != self._frozen_dtype:
             model = self._load(None)  # the base in memory is rounded to the frozen precision
         else:
-            model = copy.deepcopy(self._models[source])
-            cast_parameters(model, self._dtype)
+            model = self._copy(source, self._dtype)
         self._add(role, model, source)
 
     def create_critic(self, source: str) -> None:
         model = self._models[source]
-        trunk = copy.deepcopy(model.get_decoder())  # no copy of the LM head, except where it is tied to the embedding
+        part = (self._sharding.frame(model) if self._sharding else model).get_decoder()
+        trunk = copy.deepcopy(part)  # no copy of the LM head, except where it is tied to the embedding
         cast_parameters(trunk, self._dtype)
         trunk.config._name_or_path = model.name_or_path
         remember_config_values(trunk, model)
+        if self._sharding:
+            trunk = self._sharding.copied(trunk, model.get_decoder())
         self._add(_HEADLESS, trunk, source)
+
+    def _copy(self, source: str, dtype: torch.dtype) -> PreTrainedModel:
+        """The source's weights in some precision."""
+        model = self._models[source]
+        new = copy.deepcopy(self._sharding.frame(model) if self._sharding else model)
+        cast_parameters(new, dtype)
+        return self._sharding.copied(new, model) if self._sharding else new
 
     def extrapolate(self, role: str, source: str, alpha: float) -> None:
         """Computed in float32, one weight after the other, from the source as it is and the base in the source's precision: were
@@ -78,12 +91,11 @@ class FullRoles:
         weights, starts = dict(origin.named_parameters()), dict(base.named_parameters())
         if {n: p.shape for n, p in weights.items()} != {n: p.shape for n, p in starts.items()}:
             raise ArchitectureError(f"{source} cannot be extrapolated away from base: it is of another architecture, with other weights")
-        model = copy.deepcopy(origin)
-        cast_parameters(model, self._dtype)
+        model = self._copy(source, self._dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                weight = weights[name].float()
-                parameter.copy_(weight + alpha * (weight - starts[name].to(weight.device).float()))
+                weight = own(weights[name].detach()).float()
+                own(parameter.detach()).copy_(weight + alpha * (weight - own(starts[name].detach()).to(weight.device).float()))
         self._add(role, model, source)
 
     def load(self, role: str, place: str) -> None:
@@ -96,7 +108,8 @@ class FullRoles:
             share_plan(model, self._models[source])
         if self._compiled:
             compile_layers(model)
-        nn.Module.to(model, self._device)
+        if self._sharding is None:
+            nn.Module.to(model, self._device)
         self._models[role] = model.eval().requires_grad_(True)
 
     def drop(self, role: str) -> None:
@@ -108,8 +121,13 @@ class FullRoles:
         self._frozen.add(role)
         model = self._models[role].requires_grad_(False)
         model.zero_grad(set_to_none=True)
-        cast_parameters(model, self._frozen_dtype)
-        if self._offload and role not in self._away:
+        if self._sharding is None:
+            cast_parameters(model, self._frozen_dtype)
+        elif model.dtype != self._frozen_dtype:
+            rounded = self._copy(role, self._frozen_dtype)
+            share_plan(rounded, model)
+            self._models[role] = model = rounded.eval().requires_grad_(False)
+        if self._offload and role not in self._away and self._sharding is None:
             self._away[role] = Offloaded(model, self._device)
 
     def frozen(self, role: str) -> bool:
@@ -138,8 +156,12 @@ class FullRoles:
     def vocabulary_rows(self, role: str) -> int:
         return embedding_rows(self._models[role])
 
-    def write(self, role: str, folder: str) -> None:
-        save_model(self._models[role], folder)
+    def gather(self, role: str) -> dict[str, Tensor] | None:
+        return whole_on_main(self.tensors(role)) if self._sharding else None
+
+    def write(self, role: str, folder: str, weights: dict[str, Tensor] | None) -> None:
+        model = self._models[role]
+        save_model(self._sharding.frame(model) if self._sharding else model, folder, weights)
 
     def prefix_depth(self) -> int:
         return 0  # every layer of every role is its own

@@ -7,7 +7,7 @@ F features, S candidate strengths of the ridge.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -50,9 +50,9 @@ class LeastSquaresValues:
         x = features.to(self.gram.device).double()  # in this order: MPS has no float64
         return (x @ self.weights[self.chosen] + self.biases[self.chosen]).to(features.device, torch.float32)
 
-    def fit(self, parts: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    def fit(self, parts: Iterable[tuple[Tensor, Tensor]], total: Callable[[Tensor], object] = lambda x: x) -> bool:
         """Take in a round: features [N, F] and the returns [N] that followed, in parts. False, and nothing changed, where one is not
-        finite or there is none."""
+        finite or there is none. total: adds up a tensor in place over the processes that each have a part of the round."""
         kept = (self.gram, self.moment, self.sums, self.totals, self.errors)
         new = [torch.zeros_like(k) for k in kept]
         gram, moment, sums, totals, errors = new
@@ -64,6 +64,8 @@ class LeastSquaresValues:
             totals.add_(torch.stack([y.new_tensor(len(y)), y.sum()]))
             if bool(self.totals[0]):  # before the first fit all say 0
                 errors.add_((x @ self.weights.t() + self.biases - y[:, None]).square().sum(0))
+        for share in new:
+            total(share)
         if not bool(totals[0]) or not all(bool(n.isfinite().all()) for n in new):
             return False
         for old, added in zip(kept, new):

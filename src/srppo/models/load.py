@@ -28,6 +28,7 @@ from srppo.models.source import (
     unreachable,
 )
 from srppo.models.tokens import SpecialTokens, check_fit, check_same_vocabulary, load_tokenizer, special_tokens
+from srppo.world import world
 
 __all__ = ["SpecialTokens", "check_fit", "check_same_vocabulary", "load_model", "load_tokenizer", "resolve_device", "special_tokens"]
 
@@ -38,14 +39,19 @@ _NOISE = ("drop", "jitter")  # parts of the names under which configs and module
 def resolve_device(device: str) -> torch.device:
     """model.device as a torch device; auto is cuda where there is one, else cpu. Raises ModelError."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _own_card(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         found = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"model.device is {device!r}, which is no device: {str(error).splitlines()[0]}") from None
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
         raise ModelError(f"model.device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu")
-    return found
+    return _own_card(found)
+
+
+def _own_card(device: torch.device) -> torch.device:
+    """Of several processes each has the GPU of its number, whatever the recipe says."""
+    return device if world().alone or device.type != "cuda" else torch.device("cuda", world().local_rank)
 
 
 def load_model(model: ModelConfig, *, name: str | None = None, dtype: str | None = None) -> PreTrainedModel:

@@ -30,10 +30,12 @@ from srppo.models.modes import set_mode, undisturbed
 from srppo.models.plan import plan, run_trunk, same_states
 from srppo.models.prefix import run_above, run_prefix
 from srppo.models.saving import save_adapter
+from srppo.models.sharding import posing_as_whole
 from srppo.models.source import Source
 from srppo.models.weights import copy_into, distinct_tensors, embedding_rows
 from srppo.records import TokenBatch
 from srppo.seeding import stream_seed
+from srppo.world import world
 
 
 class LoraRoles:
@@ -41,7 +43,15 @@ class LoraRoles:
 
     kind = "lora"
 
-    def __init__(self, base: PreTrainedModel, tuning: TuningConfig, source: Source, seed: int, allow_pickle: bool = False):
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tuning: TuningConfig,
+        source: Source,
+        seed: int,
+        allow_pickle: bool = False,
+    ):
+        """The base may be spread over the processes; the adapters are whole in each."""
         self._model, self._tuning, self._source, self._seed, self._allow_pickle = base, tuning, source, seed, allow_pickle
         self._peft: Any = None  # a PeftModel, made with the first adapter
         self._frozen = {"base"}
@@ -127,6 +137,8 @@ class LoraRoles:
         return self._depth
 
     def _find_depth(self) -> int:
+        if not world().alone:  # the states of a row would have to follow it from process to process
+            return 0
         layers = layers_of(self._model)
         inside = {id(m): number for number, layer in enumerate(layers) for m in layer.modules()}
         numbers = [inside.get(id(m), 0) for m in self._layers]  # an adapter outside the layers: nothing is shared
@@ -154,7 +166,7 @@ class LoraRoles:
         config.base_model_name_or_path = self._source.location
         config.revision = self._source.revision
         config.inference_mode = False
-        with self._undisturbed(), torch.random.fork_rng():
+        with self._undisturbed(), posing_as_whole(self._model), torch.random.fork_rng():
             torch.manual_seed(stream_seed(self._seed, "adapter", role))
             try:
                 if self._peft is None:
@@ -277,7 +289,10 @@ class LoraRoles:
     def vocabulary_rows(self, role: str) -> int:
         return embedding_rows(self._model)
 
-    def write(self, role: str, folder: str) -> None:
+    def gather(self, role: str) -> dict[str, Tensor] | None:
+        return None
+
+    def write(self, role: str, folder: str, weights: dict[str, Tensor] | None) -> None:
         if self._peft is None or role == "base":
             raise ModelError(f"base is not changed by LoRA tuning and is not saved again; it is at {self._source}")
         save_adapter(self._peft, role, folder)

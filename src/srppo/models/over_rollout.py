@@ -11,6 +11,7 @@ from torch import Tensor
 from srppo.masking import rollout_batch, token_chunks, unflatten
 from srppo.models.roles import Roles
 from srppo.records import Prefix, Rollout, TokenBatch
+from srppo.world import deal, world
 
 
 def rollout_tokens(rollout: Rollout) -> int:
@@ -42,6 +43,22 @@ def micro_batches(
     return [(part, batch.to(roles.device)) for part, batch in zip(parts, batches)]
 
 
+def shares(rollout: Rollout) -> list[list[int]]:
+    """Which rows each process works on when a model runs over the rollout: nearly the same number of tokens each."""
+    lengths = [len(p) + n for p, n in zip(rollout.prompt_ids, rollout.lengths.tolist())]
+    return deal(lengths, world().size)
+
+
+def own_batches(roles: Roles, rollout: Rollout, tokens: int, prefixes: list[Tensor] | None = None) -> list[tuple[list[int], TokenBatch]]:
+    """The micro-batches of this process's share. Where the weights are spread, as many as the others have: the last ones are of no row,
+    and what a model says of their batch is for nobody."""
+    batches = micro_batches(roles, rollout, tokens, shares(rollout)[world().rank], prefixes)
+    if roles.spread and rollout.prompt_ids:
+        missing = world().most(len(batches)) - len(batches)
+        batches += [([], batch) for _, batch in micro_batches(roles, rollout, tokens, [0]) * missing]
+    return batches
+
+
 def prefixes(roles: Roles, rollout: Rollout, tokens: int) -> list[Tensor] | None:
     """B of [P_b + T_b - 1, H] on the device: what the layers below the first adapter say of each row but its last token, which predicts
     nothing. None where the first layer has an adapter."""
@@ -62,11 +79,14 @@ def over_rollout(
     """[B, T] float32 on the CPU, zero off the mask, of a function TokenBatch -> [N] (one value a target token).
 
     tokens: in memory at once, those of one row at least. prefixes: of the rows, where known. No gradient is kept.
+    Each process works on its share of the rows, and all get all.
     """
     out = torch.zeros(rollout.mask.shape)
-    for rows, batch in micro_batches(roles, rollout, tokens, prefixes=prefixes):
-        out[rows] = unflatten(word(batch).detach().float().cpu(), rollout.mask[rows])
-    return out
+    for rows, batch in own_batches(roles, rollout, tokens, prefixes):
+        said = word(batch)
+        if rows:
+            out[rows] = unflatten(said.detach().float().cpu(), rollout.mask[rows])
+    return world().sum_(out)
 
 
 def role_logprobs(roles: Roles, role: str, rollout: Rollout, tokens: int, prefixes: list[Tensor] | None = None) -> Tensor:
@@ -78,14 +98,19 @@ def role_logprobs(roles: Roles, role: str, rollout: Rollout, tokens: int, prefix
 def logprobs_and_states(
     roles: Roles, role: str, rollout: Rollout, tokens: int, prefixes: list[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """role_logprobs, and from the same pass B of [T_b, H]: the states that predict each row's response tokens, on the role's device."""
+    """role_logprobs, and from the same pass B of [T_b, H]: the states that predict each row's response tokens, on the role's device.
+
+    Of several processes each has the states of its share (`shares`); those of the other rows are empty.
+    """
     out, states = torch.zeros(rollout.mask.shape), [torch.empty(0)] * len(rollout.prompt_ids)
     lengths = rollout.lengths
     with roles.use(role):
-        for rows, batch in micro_batches(roles, rollout, tokens, prefixes=prefixes):
+        for rows, batch in own_batches(roles, rollout, tokens, prefixes):
             scores = roles.score(role, batch, states=True)
             assert scores.states is not None
+            if not rows:
+                continue
             out[rows] = unflatten(scores.logprobs.float().cpu(), rollout.mask[rows])
             for row, own in zip(rows, scores.states.split(lengths[rows].tolist())):
                 states[row] = own.clone()  # not a view that keeps the whole micro-batch
-    return out, states
+    return world().sum_(out), states

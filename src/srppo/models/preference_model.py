@@ -17,6 +17,7 @@ from srppo.models.load import quiet, resolve_device
 from srppo.models.source import find_source, read_json, refuse_foreign_code, refuse_pickle, unreachable
 from srppo.models.tokens import vocabulary_size
 from srppo.records import Prompt, Rollout, pad_sequences
+from srppo.world import deal, world
 
 KEY = "reward.preference_model"
 _ONE_BY_ONE = ("regression", "multi_label_classification")  # problem types whose outputs do not compete
@@ -76,9 +77,12 @@ class PreferenceModel:
         Raises ModelError for scores that are not finite.
         """
         texts = [self._shortened(self._ids(rollout, row)) for row in range(len(rollout.prompt_ids))]
-        out = torch.zeros(len(texts))
-        for chunk in token_chunks([len(t) for t in texts], tokens):
-            out[chunk] = self._score([texts[i] for i in chunk]).cpu()
+        out, here = torch.zeros(len(texts)), world()
+        mine = deal([len(t) for t in texts], here.size)[here.rank]
+        for chunk in token_chunks([len(texts[i]) for i in mine], tokens):
+            rows = [mine[i] for i in chunk]
+            out[rows] = self._score([texts[i] for i in rows]).cpu()
+        here.sum_(out)
         if not out.isfinite().all():
             raise ModelError(f"{self.name}: the preference model gave NaN or infinite scores; use model.dtype float32, or another model")
         return out

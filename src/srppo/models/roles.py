@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srppo.config import ModelConfig, RunConfig
@@ -24,11 +25,12 @@ from srppo.models.flat import flat_row
 from srppo.models.forward import autocasting, token_scores
 from srppo.models.full_roles import FullRoles, refuse_adapter
 from srppo.models.least_squares import LeastSquaresValues
-from srppo.models.load import load_model
+from srppo.models.load import load_model, resolve_device
 from srppo.models.lora_roles import LoraRoles
 from srppo.models.plan import plan
 from srppo.models.prefix import run_prefix
 from srppo.models.saving import atomic_folder, model_card, valid_generation_config
+from srppo.models.sharding import run_on, sharding_of
 from srppo.models.source import Source, find_source, is_adapter, model_source, read_json
 from srppo.models.tokens import (
     SpecialTokens,
@@ -41,6 +43,7 @@ from srppo.models.tokens import (
 )
 from srppo.models.weights import copy_into, fingerprint, snapshot
 from srppo.records import Features, TokenBatch, TokenScores
+from srppo.world import world
 
 CRITIC = "critic"
 
@@ -63,7 +66,8 @@ class Store(Protocol):
     def tensors(self, role: str) -> dict[str, Tensor]: ...
     def load_state(self, role: str, state: Mapping[str, Tensor]) -> None: ...
     def vocabulary_rows(self, role: str) -> int: ...
-    def write(self, role: str, folder: str) -> None: ...
+    def gather(self, role: str) -> dict[str, Tensor] | None: ...
+    def write(self, role: str, folder: str, weights: dict[str, Tensor] | None) -> None: ...
     def prefix_depth(self) -> int: ...
     def model(self, role: str) -> PreTrainedModel: ...
 
@@ -91,6 +95,11 @@ class Roles:
         return plan(self._store.model("base")).flat
 
     @property
+    def spread(self) -> bool:
+        """Whether the weights are spread over the processes, so that all must run a model as often as each other."""
+        return isinstance(self._store.model("base"), FSDPModule)
+
+    @property
     def prefix_depth(self) -> int:
         """How many of the decoder's first layers are the same for all roles (in lora tuning, those below the first adapter), where their
         states can be kept and used again; 0 where they cannot."""
@@ -99,7 +108,7 @@ class Roles:
     def prefix_states(self, batch: TokenBatch) -> Tensor:
         """[tokens, H] of the batch's flat row: what enters layer prefix_depth."""
         with self.use("base") as model, autocasting(model.device, self.model_config.autocast):
-            return run_prefix(model, flat_row(batch), self.prefix_depth)
+            return run_on(model, run_prefix, flat_row(batch), self.prefix_depth)
 
     # --- which roles there are
 
@@ -185,8 +194,15 @@ class Roles:
 
     def score(self, role: str, batch: TokenBatch, *, entropy: bool = False, states: bool = False, train: bool = False) -> TokenScores:
         """Log-probabilities [N] float32 that the role gives the batch's target tokens (see forward.token_scores)."""
+
+        def words(model: PreTrainedModel) -> tuple[Tensor | None, ...]:
+            scores = token_scores(model, batch, entropy=entropy, states=states, autocast=self.model_config.autocast)
+            return scores.logprobs, scores.entropy, scores.states
+
         with self.use(role, train=train) as model:
-            return token_scores(model, batch, entropy=entropy, states=states, autocast=self.model_config.autocast)
+            logprobs, spread, entering = run_on(model, words)
+        assert logprobs is not None
+        return TokenScores(logprobs, spread, entering)
 
     # --- weights
 
@@ -195,8 +211,13 @@ class Roles:
         self._check(role)
         return self._store.parameters(role)
 
+    def weights(self, role: str) -> dict[str, Tensor]:
+        """The role's own weights themselves, for a checkpoint that is written at once."""
+        self._check(role)
+        return self._store.tensors(role)
+
     def state(self, role: str) -> dict[str, Tensor]:
-        """CPU clones of the role's own weights, for a checkpoint."""
+        """CPU clones of the role's own weights."""
         self._check(role)
         return snapshot(self._store.tensors(role))
 
@@ -219,11 +240,16 @@ class Roles:
         card: Markdown for README.md, to which the lines that load the folder are added. Raises RunFolderError, ModelError.
         """
         self._check(role)
-        with atomic_folder(folder) as work:
-            self._write(role, work, card)
+        weights = self._store.gather(role)
 
-    def _write(self, role: str, work: Path, card: str | None) -> None:
-        self._store.write(role, str(work))
+        def write() -> None:
+            with atomic_folder(folder) as work:
+                self._write(role, work, card, weights)
+
+        world().once(write)
+
+    def _write(self, role: str, work: Path, card: str | None, weights: dict[str, Tensor] | None) -> None:
+        self._store.write(role, str(work), weights)
         self.tokenizer.save_pretrained(str(work))
         generation = getattr(self._store.model("base"), "generation_config", None)
         if generation is not None:
@@ -257,12 +283,12 @@ class Roles:
         """[N] float32: the critic's value of the state that predicts each target token. For a critic with a trunk."""
         head = self._value_head()
         with self._store.use(CRITIC, train) as trunk:
-            return token_values(trunk, head, batch, autocast=self.model_config.autocast)
+            return run_on(trunk, token_values, head, batch, autocast=self.model_config.autocast)
 
-    def values_of(self, features: Features) -> Tensor:
-        """[N] float32: the values of all response tokens, row by row. For a critic without a trunk."""
+    def values_of(self, features: Features, rows: Sequence[int]) -> Tensor:
+        """[N] float32: the values of the response tokens of some rows, row by row. For a critic without a trunk."""
         fitted = self._least_squares()
-        return torch.cat([torch.empty(0, device=self.device), *(fitted(x) for _, x in features.parts(range(len(features.states))))])
+        return torch.cat([torch.empty(0, device=self.device), *(fitted(x) for _, x in features.parts(rows))])
 
     def fit_critic(self, features: Features, rows: Sequence[int], returns: Sequence[Tensor]) -> bool:
         """Fit the values to some rows of a round, with their returns B of [T_b] (least_squares.py). For a critic without a trunk.
@@ -270,7 +296,7 @@ class Roles:
         False, and nothing changed, where one of them is not finite.
         """
         parts = features.parts(rows)
-        return self._least_squares().fit((x, torch.cat([returns[r] for r in part])) for part, x in parts)
+        return self._least_squares().fit(((x, torch.cat([returns[r] for r in part])) for part, x in parts), world().sum_)
 
     def critic_parameters(self) -> dict[str, nn.Parameter]:
         """What gradient steps change: trunk and head; of a critic without a trunk nothing."""
@@ -279,8 +305,12 @@ class Roles:
         head = dict(self._value_head().named_parameters())
         return {**_prefixed("trunk.", self._store.parameters(CRITIC)), **_prefixed("value_head.", head)}
 
+    def critic_weights(self) -> dict[str, Tensor]:
+        """The critic's weights themselves, for a checkpoint that is written at once."""
+        return self._critic_tensors()
+
     def critic_state(self) -> dict[str, Tensor]:
-        """CPU clones of the critic's weights, for a checkpoint."""
+        """CPU clones of the critic's weights."""
         return snapshot(self._critic_tensors())
 
     def load_critic_state(self, state: Mapping[str, Tensor]) -> None:
@@ -294,12 +324,17 @@ class Roles:
         inputs = "this trunk's last states" if self.critic_has_trunk else "the SFT model's last states and, last, the reward's terms so far"
         told = "" if self.critic_has_trunk else " It has no trunk of its own."
         text = card or f"# Critic\n\nThe value function of a Self-Rewarding PPO run: `value_head.safetensors` on {inputs}.{told}\n"
-        with atomic_folder(folder) as work:
-            if self.critic_has_trunk:
-                self._write(CRITIC, work, text)
-            else:
-                (work / "README.md").write_text(text, encoding="utf-8")
-            save_file({n: p.detach().cpu().contiguous() for n, p in head.items()}, work / "value_head.safetensors")
+        weights = self._store.gather(CRITIC) if self.critic_has_trunk else None
+
+        def write() -> None:
+            with atomic_folder(folder) as work:
+                if self.critic_has_trunk:
+                    self._write(CRITIC, work, text, weights)
+                else:
+                    (work / "README.md").write_text(text, encoding="utf-8")
+                save_file({n: p.detach().cpu().contiguous() for n, p in head.items()}, work / "value_head.safetensors")
+
+        world().once(write)
 
     def _critic_tensors(self) -> dict[str, Tensor]:
         if self._fitted is not None:
@@ -334,8 +369,19 @@ def build_roles(config: RunConfig) -> Roles:
     """Load tokenizer and base model, check that they fit, and set up the roles. Only base is there at first. Raises ModelError."""
     model, source = config.model, model_source(config.model)
     dtype, frozen_dtype = model.dtype, model.frozen_dtype or model.dtype
-    base = load_model(model, dtype=frozen_dtype if config.tuning.kind == "full" else dtype)
-    device = base.device  # an offloaded model is elsewhere
+    device = resolve_device(model.device)
+    sharding = sharding_of(config.parallel, device)
+    placed = model if sharding is None else model.model_copy(update={"device": "cpu"})  # spread from there, layer by layer
+
+    def read(name: str | None, dtype: str) -> PreTrainedModel:
+        found = load_model(placed, name=name, dtype=dtype)
+        plan(found)
+        return found
+
+    def load(name: str | None, dtype: str = dtype) -> PreTrainedModel:
+        return read(name, dtype) if sharding is None else sharding.load(lambda: read(name, dtype))
+
+    base = load(None, frozen_dtype if config.tuning.kind == "full" else dtype)
     tokenizer = load_tokenizer(model)
     check_fit(tokenizer, base)
     if model.tokenizer is not None and _has_tokenizer(source):
@@ -343,12 +389,11 @@ def build_roles(config: RunConfig) -> Roles:
     if source.gguf_file is not None:
         mend_gguf_ends(tokenizer, base)
     special = special_tokens(tokenizer, base)
-    plan(base)
     store: Store
     if config.tuning.kind == "full":
         precisions = getattr(torch, dtype), getattr(torch, frozen_dtype)
         offload = model.offload_frozen and device.type != "cpu"
-        store = FullRoles(base, lambda name: load_model(model, name=name), *precisions, offload, model.compile)
+        store = FullRoles(base, load, *precisions, offload, model.compile, sharding)
     else:
         store = LoraRoles(base, config.tuning, source, config.seed, model.allow_pickle)
         if model.compile:

@@ -14,10 +14,11 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from srppo.errors import ModelError, RunFolderError, SrppoError
-from srppo.files import current_umask
+from srppo.files import current_umask, sync_folder, sync_tree
 from srppo.models.load import quiet, restored_config_values
 from srppo.models.source import Source
 from srppo.models.tokens import SpecialTokens
@@ -37,6 +38,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
         work.chmod(0o777 & ~current_umask())  # mkdtemp makes private ones
         yield work
+        sync_tree(work)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
             os.replace(target, old / "old")
@@ -44,6 +46,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(work, target)
+        sync_folder(target.parent)
     except SrppoError:
         raise
     except Exception as error:
@@ -56,8 +59,8 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def save_model(model: PreTrainedModel, folder: str | Path) -> None:
-    """Weights (safetensors) and config, in the layout that from_pretrained reads."""
+def save_model(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Weights (safetensors) and config, in the layout that from_pretrained reads. weights: where the model itself does not hold them."""
     zeroed = [(config, key, getattr(config, key)) for config, key, _ in restored_config_values(model)]
     generation = getattr(model, "generation_config", None)
     try:
@@ -66,7 +69,7 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
         if generation is not None:
             model.generation_config = valid_generation_config(generation)
         with quiet():
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
     finally:
         for config, key, value in zeroed:
             setattr(config, key, value)

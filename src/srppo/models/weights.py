@@ -8,9 +8,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from srppo.errors import ModelError
+from srppo.models.sharding import whole
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -26,8 +28,8 @@ def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CPU clones that later training does not touch."""
-    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+    """Clones that later training does not touch: on the CPU, but for tensors that are spread over processes."""
+    return {name: t.detach().clone() if isinstance(t, DTensor) else t.detach().to("cpu", copy=True) for name, t in tensors.items()}
 
 
 def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], role: str) -> None:
@@ -40,14 +42,17 @@ def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], role: 
             raise ModelError(f"the saved weights of {role} do not fit: {name} is {list(state[name].shape)}, not {list(tensor.shape)}")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(state[name])
+            value = state[name]
+            if isinstance(tensor, DTensor) and not isinstance(value, DTensor):  # each process takes its part of the whole
+                value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.copy_(value)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """blake2b (128 bits) over names, types, shapes and bytes, in the order of the names: equal exactly for equal weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu").contiguous()
+        tensor = whole(tensors[name].detach()).to("cpu").contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

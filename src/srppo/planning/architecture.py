@@ -14,6 +14,7 @@ import torch
 
 from srppo.config import ModelConfig
 from srppo.errors import ModelError
+from srppo.models.compiled import layers_of
 from srppo.models.source import model_source, read_config, refuse_absurd, refuse_encoder_decoder, refuse_foreign_code, unreachable
 
 
@@ -27,6 +28,7 @@ class Counts:
     tied: bool
     vocabulary: int  # V, rows of the output layer
     width: int  # H
+    layers: int = 0  # all decoder layers together; 0 where they cannot be told apart
 
     @property
     def trunk(self) -> int:
@@ -92,7 +94,8 @@ class Architecture:
         tied = out is not None and out.weight is into
         own = 0 if out is None or tied else sum(p.numel() for p in out.parameters())
         vocabulary = into.shape[0] if out is None else out.weight.shape[0]
-        return Counts(sum(p.numel() for p in model.parameters()), into.numel(), own, tied, vocabulary, int(self.text.hidden_size))
+        layers = sum(p.numel() for layer in layers_of(model) for p in layer.parameters())
+        return Counts(sum(p.numel() for p in model.parameters()), into.numel(), own, tied, vocabulary, int(self.text.hidden_size), layers)
 
     def adapter_sizes(self, rank: int, targets: str | tuple[str, ...], layers: int | None = None) -> tuple[int, int]:
         """Parameters of one LoRA adapter, and of the linear layers it adapts; layers: on the last so many only. Counted by PEFT itself."""

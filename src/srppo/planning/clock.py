@@ -1,14 +1,15 @@
-"""Time of a round, phase by phase, from the kernels of single passes and a machine's rates. Seconds."""
+"""Time of a round, phase by phase, from the kernels of single passes, a machine's rates and what its processes send. Seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from srppo.planning.dryrun import Footprint
 from srppo.planning.inputs import BYTES, Lengths, Settings
 from srppo.planning.machine import Machine
 from srppo.planning.memory import Model
+from srppo.planning.processes import Processes
 
 ADAM_PASSES = 7  # AdamW reads weight, gradient and two moments, and writes all but the gradient
 
@@ -24,6 +25,7 @@ class Times:
     tokens: int
     sampled: int  # response tokens of a round
     rounds: int
+    network: Mapping[str, float] = field(default_factory=dict)  # of these the seconds on the network, by phase, hidden ones included
 
     @property
     def round(self) -> float:
@@ -66,36 +68,65 @@ def times(
     passes: Mapping[str, Footprint],
     tokens_of: Mapping[str, int],
     machine: Machine,
+    processes: Processes | None = None,
+    network: Mapping[str, float] | None = None,
 ) -> Times:
-    """tokens_of: tokens of each pass in `passes`; a phase's time is its tokens' share of such passes."""
-    s = settings
+    """tokens_of: tokens of each pass in `passes`; a phase's time is its tokens' share of such passes.
+
+    processes: among which rows are dealt. network: seconds that each phase sends and waits (traffic.py). On GPUs gathering the next
+    layer goes on while one computes, so that the longer of the two counts; gloo's processes do one after the other. What a rollout
+    sends comes before and after it.
+    """
+    s, p, sent = settings, processes or Processes(), network or {}
 
     def token(name: str) -> float:
         return pass_seconds(passes[name], machine) / max(1, tokens_of[name])
 
     def step(role: str) -> float:
         trained = model.adapter if not s.full else model.counts.trunk if role == "critic" else model.counts.total
-        return ADAM_PASSES * trained * s.trained_bytes / machine.bandwidth
+        return ADAM_PASSES * (trained / p.shards if s.full else trained) * s.trained_bytes / machine.bandwidth
+
+    def both(computing: float, phase: str) -> float:
+        return max(computing, sent.get(phase, 0.0)) if machine.gpu else computing + sent.get(phase, 0.0)
 
     each = lengths.mean_prompt + lengths.mean_response
     tokens = s.rollouts * each
-    batches = -(-s.rollouts // max(1, s.rollout_rows))
-    rows = min(s.rollout_rows, s.rollouts)
+    mine = p.rows(s.rollouts)
+    batches = -(-mine // max(1, s.rollout_rows))
+    rows = min(s.rollout_rows, mine)
     held = rows * (lengths.mean_prompt + lengths.mean_response / 2) * model.cache_elements * BYTES[s.dtype]
     decode = batches * lengths.mean_response * (pass_seconds(passes["decode"], machine) + held / machine.bandwidth)
-    rollout = s.prompts * lengths.mean_prompt * token("prefill") + decode
-    score = tokens * scoring(s, token)
+    rollout = p.share(s.prompts) * s.prompts * lengths.mean_prompt * token("prefill") + decode
+    score = p.share(s.rollouts) * tokens * scoring(s, token)
     steps = s.epochs * min(s.minibatches, s.rollouts)
-    update = s.epochs * tokens * token("policy") + steps * step("policy")
+    learned = p.share(s.minibatch) * tokens
+    update, stepped = s.epochs * learned * token("policy"), steps * step("policy")
     if s.critic == "own":
-        update += s.epochs * tokens * token("critic") + steps * step("critic")
+        update, stepped = update + s.epochs * learned * token("critic"), stepped + steps * step("critic")
     sft = None
     if s.sft_steps != 0 and "sft" in passes:
-        count = s.sft_steps
-        if count is None and lengths.demonstrations is not None:
-            count = max(1, round(s.sft_epochs * -(-lengths.demonstrations // s.sft_batch)))
+        count = sft_steps(s, lengths)
         if count is not None:
-            sft = count * (s.sft_batch * lengths.mean_demonstration * (token("sft") + below(s, token)) + step("sft")) / machine.count
-    n = machine.count
+            taught = p.rows(s.sft_batch) * lengths.mean_demonstration * (token("sft") + below(s, token))
+            sft = both(count * taught, "sft") + count * step("sft")
     sampled = round(s.rollouts * lengths.mean_response)
-    return Times(sft, rollout / n, score / n, update / n, round(tokens), sampled, s.rounds)
+    return Times(
+        sft,
+        rollout + sent.get("rollout", 0.0),
+        both(score, "scoring"),
+        both(update, "update") + stepped,
+        round(tokens),
+        sampled,
+        s.rounds,
+        dict(sent),
+    )
+
+
+def sft_steps(settings: Settings, lengths: Lengths) -> int | None:
+    """Optimizer steps of SFT; None where the number of demonstrations that decides it is not known."""
+    s = settings
+    if s.sft_steps is not None:
+        return s.sft_steps
+    if lengths.demonstrations is None:
+        return None
+    return max(1, round(s.sft_epochs * -(-lengths.demonstrations // s.sft_batch)))

@@ -62,6 +62,8 @@ class Settings:
     recompute: bool
     saves: bool  # a checkpoint of the training state before the end
     continued_sft: bool
+    shard_size: int | None = None
+    cpu_offload: bool = False
 
     @property
     def rollouts(self) -> int:
@@ -133,6 +135,8 @@ def read_settings(config: RunConfig) -> Settings:
         recompute=ppo.behaviour_logprobs == "recompute",
         saves=True,  # also at the end
         continued_sft=config.evaluation.continued_sft,
+        shard_size=config.parallel.shard_size,
+        cpu_offload=config.parallel.cpu_offload,
     )
 
 

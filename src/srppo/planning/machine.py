@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from srppo.environment import hardware
 from srppo.errors import ConfigError
+from srppo.planning.processes import GLOO, Links, links_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates are attained ones, not peaks. memory: of the device that computes; host_memory: of the CPU beside a GPU (None: unknown)."""
+    """Rates are attained ones, not peaks. memory: of the device that computes; host_memory: of the CPU beside a GPU (None: unknown).
+
+    count: GPUs in all, each with a process of its own, on so many machines alike; on a CPU: processes, among which its memory is divided.
+    """
 
     name: str
     gpu: bool
@@ -34,6 +38,13 @@ class Machine:
     libraries: int  # bytes that the process holds before any model: on a CPU measured, on a GPU assumed
     measured: bool
     count: int = 1
+    nodes: int = 1
+    links: Links = GLOO
+
+    @property
+    def local(self) -> int:
+        """GPUs, or processes, of one machine."""
+        return self.count // self.nodes
 
     def seconds(self, flops: float, moved: float) -> float:
         """Of one kernel, by the roofline (Williams et al. 2009, doi 10.1145/1498765.1498785): arithmetic or memory, whichever is slower."""
@@ -61,19 +72,44 @@ PYTHON = 5  # a kernel inside a model, with the modules around it, over the smal
 CUDA_CONTEXT = int(1.0e9)  # context, cuBLAS workspaces and what the allocator cannot use, assumed
 
 
-def find_machine(device: str, dtype: str, *, gpu: str | None = None, gpus: int = 1, gpu_memory: str | None = None) -> Machine:
-    """gpu: a name of GPUS; else what is here, measured. gpu_memory: such as 80GB, over what the card has. Raises ConfigError."""
-    if gpus < 1:
-        raise ConfigError(f"--gpus {gpus}: at least one")
-    if gpu is None and (gpu_memory is not None or gpus > 1) and not _has_cuda(device):
+def find_machine(
+    device: str,
+    dtype: str,
+    *,
+    gpu: str | None = None,
+    gpus: int = 1,
+    nodes: int = 1,
+    gpu_memory: str | None = None,
+    network: float | None = None,
+) -> Machine:
+    """gpu: a name of GPUS; else what is here, measured. gpus: of each of `nodes` machines. gpu_memory: such as 80GB, over what the card
+    has. network: Gbit/s of a machine, over the table's. On a CPU (device: cpu) gpus are processes. Raises ConfigError."""
+    if gpus < 1 or nodes < 1:
+        raise ConfigError(f"--gpus {gpus} --nodes {nodes}: at least one of each")
+    if network is not None and network <= 0:
+        raise ConfigError(f"--network {network:g}: Gbit/s of a machine, above 0")
+    here = gpu is None and not _has_cuda(device)
+    if here and (gpu_memory is not None or ((gpus > 1 or nodes > 1) and device != "cpu")):
         raise ConfigError(f"there is no GPU here to measure; say which is planned for with --gpu: {', '.join(GPUS)}")
+    if here and nodes > 1:
+        raise ConfigError("--nodes: with model.device cpu a plan is for processes on this machine, --gpus of them")
     if gpu is not None:
         machine = from_table(gpu, dtype)
     else:
         machine = _present_gpu(device, dtype) if _has_cuda(device) else _present_cpu(dtype)
     if gpu_memory is not None:
         machine = replace(machine, memory=parse_bytes(gpu_memory))
-    return replace(machine, count=gpus)
+    if machine.gpu:
+        machine = replace(machine, links=links_of(card_of(machine.name), gpus, network))
+    else:
+        machine = replace(machine, memory=machine.memory // gpus)
+    return replace(machine, count=gpus * nodes, nodes=nodes)
+
+
+def card_of(name: str) -> str:
+    """The key of GPUS that a card's name holds, the longest; the name itself where none."""
+    plain = name.lower().replace(" ", "")
+    return max((key for key in GPUS if key in plain), key=len, default=plain)
 
 
 def from_table(name: str, dtype: str) -> Machine:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from srppo.planning.architecture import Counts
 from srppo.planning.dryrun import Footprint
 from srppo.planning.inputs import BYTES, Lengths, Settings
+from srppo.planning.processes import Processes
 
 ROOM = 64  # columns by which rollout/cache.py lets a layer's buffers grow
 BLOCK = 256  # rollout/sampling.py pads the vocabulary to a multiple of it
@@ -20,6 +21,11 @@ HOLES = {"full": 1.4, "lora": 1.6}
 HOLES_CHECKPOINTING = 2.3  # where a layer's activations are made and let go again and again
 PREFILL_TOKENS = 8192  # rollout/decode.py: prompt tokens of one pass
 VLLM_BLOCK = 128  # tokens by which vLLM's cache is divided on a CPU (rollout/vllm_engine.py)
+# Layers whose full weights are there at once, buffers of all-gathers included: of a forward pass (while a layer is copied out of its
+# buffer that of the layer before is still there), of a backward pass; and layers whose full gradients are, with the buffer from which
+# they are scattered. FSDP2 of torch 2.13 on a CPU, counted (tests); on a GPU, not measured, its streams may keep one more.
+FORWARD, BACKWARD, SCATTERED = 3, 2, 2
+SAVED = "saved model"  # an item of rank 0 alone
 FIT_TOKENS = 4096  # records.Features.parts: tokens of which a critic's fit holds the features at once
 
 
@@ -29,7 +35,7 @@ class Item:
 
     role: str  # base | sft | policy | critic | vllm | all
     # weights | gradients | optimizer | statistics | activations | kv cache | logits | merged copy | kept states | checkpoint copy
-    # | gathered layer | file | memory taken
+    # | file | memory taken; of several processes: gathered weights | unsharded gradients | gathered copy | saved model
     purpose: str
     bytes: int
     host: bool = False  # in the CPU's memory while the device has its own
@@ -56,7 +62,16 @@ class Model:
     state_elements: int  # of recurrent states, a row
     adapter: int  # parameters of one LoRA adapter
     adapted: int  # parameters of the layers that an adapter adapts
-    layer: int  # parameters of the largest layer
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a decoder layer, which is what several processes gather at once."""
+        return self.counts.layers // self.layers
+
+    @property
+    def root(self) -> int:
+        """Parameters outside the layers: embedding, last norm, head."""
+        return self.counts.total - self.counts.layers
 
 
 def with_holes(footprint: Footprint, factor: float) -> Footprint:
@@ -112,49 +127,59 @@ def phases(
     micro_batches: Mapping[str, int],
     *,
     gpu: bool,
-    shards: int = 1,
+    processes: Processes | None = None,
     vllm: int = 0,
 ) -> list[Phase]:
-    """The phases of a run in their order. shards: GPUs over which FSDP2 would split weights, gradients and moments (a forecast).
+    """The phases of a run in their order, of one process. processes: among which rows are dealt and weights divided.
     vllm: bytes that vLLM takes when it is first asked, for the base's evaluation, and keeps to the end."""
-    s, n = settings, model.counts.total
+    s, n, p = settings, model.counts.total, processes or Processes()
     trained = {"sft": n if s.full else model.adapter, "policy": n if s.full else model.adapter}
     if s.critic == "own":
         trained["critic"] = model.counts.trunk if s.full else model.adapter
     each, frozen = s.trained_bytes, s.frozen_bytes
+    sharded, away = p.shards > 1, gpu and p.cpu_offload
 
-    def weights(role: str, bytes_each: int, host: bool = False) -> Item:
-        return Item(role, "weights", n * bytes_each // (1 if host else shards), host)
+    def held(count: int) -> int:
+        """Trained weights that this process holds; adapters are small and whole in each."""
+        return p.holds(count * each) if s.full else count * each
 
-    def trainee(role: str, stepped: bool = True) -> list[Item]:
-        size = trained[role] * each // shards
-        return [Item(role, "weights", size)] + ([Item(role, "optimizer", 2 * size)] if stepped else [])
+    def trainee(role: str) -> list[Item]:
+        size, host = held(trained[role]), away and s.full
+        return [Item(role, "weights", size, host), Item(role, "optimizer", 2 * size, host)]
 
-    gathered = [Item("all", "gathered layer", 2 * model.layer * BYTES[s.dtype])] if shards > 1 else []
-    beside = [*gathered, *([Item("vllm", "memory taken", vllm)] if vllm else [])]
+    beside = [Item("vllm", "memory taken", vllm)] if vllm else []
     cache_each = 2 if gpu and s.autocast != "none" else BYTES[s.dtype]
 
     def update(role: str, name: str) -> list[Item]:
-        gradients = trained[role] * each // shards
-        head = 0 if not s.full or role == "critic" else model.counts.head * each // shards
-        peak = pass_peak(passes[name], gradients, head, micro_batches[name])
+        gradients = held(trained[role])
+        own_head = 0 if not s.full or role == "critic" else model.counts.head * each
+        peak = pass_peak(passes[name], gradients, p.holds(own_head), micro_batches[name])
         peak = max(peak, gradients)  # the fused AdamW makes nothing on its way
-        return [Item(role, "gradients", gradients), Item(role, "activations", max(0, peak - gradients))]
+        activations = max(0, peak - gradients)
+        items = [Item(role, "gradients", gradients, away and s.full), Item(role, "activations", activations)]
+        if not sharded:
+            return items
+        root = model.root - (model.counts.head if role == "critic" else 0)
+        head = 0 if role == "critic" else model.counts.head or model.counts.embedding  # its gradient waits for the embedding's
+        return items + in_flight(model, root, each if s.full else frozen, activations, head if s.full else None)
 
     def copies(*roles: str) -> list[Item]:
         """checkpoint.py: weights and moments of what is trained, cloned to the CPU, all at once."""
-        return [Item(role, "checkpoint copy", 3 * trained[role] * each, host=gpu) for role in roles]
+        return [Item(role, "checkpoint copy", 3 * held(trained[role]), host=gpu) for role in roles]
 
     def decoding(role: str, rows: int, distinct: int) -> list[Item]:
         """Decoding in this process; in vLLM's share, or on a server, it takes no more here."""
         merged = [Item(role, "merged copy", model.adapted * BYTES[s.dtype])] if s.merges(gpu) else []
         if s.engine != "torch":
             return merged
+        copy = [Item(role, "gathered copy", n * (each if s.full else frozen))] if sharded else []
         parts = decoding_peak(model, rows, distinct, lengths, cache_each, passes["prefill"], passes["decode"])
-        return merged + [Item(role, purpose, size) for purpose, size in parts.items()]
+        return copy + merged + [Item(role, purpose, size) for purpose, size in parts.items()]
 
-    base = weights("base", frozen)
-    out = [Phase("load", (base, *([] if gpu else [Item("base", "file", n * frozen)])))]
+    base = Item("base", "weights", p.holds(n * frozen), away)
+    first = base if gpu else Item("base", "weights", n * frozen)  # spread when all of it is there
+    file = [Item("base", "file", n * frozen, host=gpu)] if not gpu or p.size > 1 else []
+    out = [Phase("load", (first, *file))]
     sft_state = [base, *trainee("sft"), *beside]
     if s.sft_steps != 0:
         out.append(Phase("sft", (*sft_state, *update("sft", "sft"))))
@@ -163,27 +188,30 @@ def phases(
     if not s.rounds:
         return out
     frozen_roles = ["base", "sft", *(["reward"] if s.reward_model else [])]
-    resting = [Item(r, "weights", n * frozen // shards) if s.full else Item(r, "weights", trained["sft"] * each) for r in frozen_roles]
+    resting = [Item(r, "weights", p.holds(n * frozen), away) if s.full else Item(r, "weights", trained["sft"] * each) for r in frozen_roles]
     if not s.full:
         resting[0] = base
     if s.offload_frozen and gpu:
-        away = tuple(Item(i.role, i.purpose, i.bytes * shards, True) for i in resting)
-        scoring = (resting[0], *away[1:])
-        resting = list(away)
+        gone = tuple(replace(i, host=True) for i in resting)
+        scoring = (resting[0], *gone[1:])
+        resting = list(gone)
     else:
         scoring = tuple(resting)
     learners = [item for role in ("policy", "critic") if role in trained for item in trainee(role)]
-    rows = min(s.rollout_rows, s.rollouts)
+    rows = min(s.rollout_rows, p.rows(s.rollouts))
     asked = lengths.evaluated * s.samples if lengths.evaluated is not None else s.evaluation_rows
-    judged = min(s.evaluation_rows, asked)
+    judged = min(s.evaluation_rows, p.rows(asked))
     width, fitted = model.counts.width, s.critic == "least_squares"
     sums = 8 * width * width  # float64
     statistics = [Item("critic", "statistics", sums)] if fitted else []
     everyone = (*resting, *learners, *beside, *statistics)
-    prefixes, states = kept_states(model, settings, lengths)
+    prefixes, states = kept_states(model, settings, lengths, p)
+    passing = passes["score"].peak
+    flying = in_flight(model, model.root, max(frozen, each if s.full and s.critic == "own" else 0), passing) if sharded else []
+    word = (Item("all", "activations", passing), *flying)
     out += [
         Phase("rollout", (*everyone, *decoding("policy", rows, -(-rows // s.samples_per_prompt)))),
-        Phase("scoring", (*scoring, *learners, *beside, *statistics, Item("all", "activations", passes["score"].peak), *prefixes, *states)),
+        Phase("scoring", (*scoring, *learners, *beside, *statistics, *word, *prefixes, *states)),
     ]
     if fitted:  # before the update, which then has room
         fit = fit_peak(width, min(s.rollouts * lengths.max_response, FIT_TOKENS + lengths.max_response))
@@ -193,9 +221,27 @@ def phases(
         out.append(Phase("critic update", (*everyone, *prefixes, *update("critic", "critic"))))
     kept = [Item("critic", "checkpoint copy", sums, host=gpu)] if fitted else []
     out.append(Phase("ppo checkpoint", (*everyone, *copies(*(r for r in ("policy", "critic") if r in trained)), *kept)))
+    if sharded and s.full:
+        out.append(Phase("saving", (*everyone, Item("policy", SAVED, n * each, host=gpu))))
     idle = tuple(i for i in everyone if i.purpose != "optimizer")
     out.append(Phase("evaluation", (*idle, *decoding("policy", judged, -(-judged // s.samples)))))
     return out
+
+
+def in_flight(model: Model, root: int, each: int, activations: int, head: int | None = None) -> list[Item]:
+    """What FSDP2 holds beyond its shares while a pass runs: the root's weights, those of a few layers, and in a training pass (head:
+    parameters whose gradient comes first and is kept to the end) gradients that are not scattered yet.
+
+    Before the first layer and after the last, when activations are not there yet or gone, the root is there twice: with the buffer
+    it was gathered into, or as gradients and the buffer from which they are scattered.
+    """
+    layers = FORWARD if head is None else BACKWARD
+    gathered = (root + layers * model.layer) * each
+    gradients = 0 if head is None else (head + SCATTERED * model.layer) * each
+    ends = 2 * root * each + (2 * model.layer * each if head is None else 0)
+    beyond = max(0, ends - gathered - gradients - activations)
+    items = [Item("all", "gathered weights", gathered + beyond)]
+    return items if head is None else [*items, Item("all", "unsharded gradients", gradients)]
 
 
 def fit_peak(width: int, tokens: int) -> int:
@@ -204,12 +250,12 @@ def fit_peak(width: int, tokens: int) -> int:
     return 5 * 8 * width * width + tokens * width * (4 + 8)
 
 
-def kept_states(model: Model, settings: Settings, lengths: Lengths) -> tuple[list[Item], list[Item]]:
+def kept_states(model: Model, settings: Settings, lengths: Lengths, processes: Processes) -> tuple[list[Item], list[Item]]:
     """Hidden states [tokens, H] of a round that are kept: of whole rows where the lower layers are run once a rollout, and those of the
     responses that a fitted critic reads."""
     below = lengths.max_prompt + lengths.max_response if settings.lora_layers is not None else 0
     read = lengths.max_response if settings.critic == "least_squares" else 0
-    each = settings.rollouts * model.counts.width * BYTES[settings.dtype]
+    each = processes.rows(settings.rollouts) * model.counts.width * BYTES[settings.dtype]
     prefixes, states = ([Item("all", "kept states", tokens * each)] if tokens else [] for tokens in (below, read))
     return prefixes, states
 

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from srppo.config import RunConfig
-from srppo.errors import ModelError
+from srppo.errors import ConfigError, ModelError
 from srppo.planning.architecture import Architecture
-from srppo.planning.clock import Times, scoring, times
+from srppo.planning.clock import Times, pass_seconds, scoring, sft_steps, times
 from srppo.planning.dryrun import Footprint, Pass, footprint
 from srppo.planning.inputs import Lengths, Settings, micro_rows, read_settings
 from srppo.planning.machine import Machine
-from srppo.planning.memory import HOLES, HOLES_CHECKPOINTING, PREFILL_TOKENS, Model, Phase, phases, vllm_memory, with_holes
+from srppo.planning.memory import HOLES, HOLES_CHECKPOINTING, PREFILL_TOKENS, SAVED, Model, Phase, phases, vllm_memory, with_holes
+from srppo.planning.processes import ALONE, Processes, processes_of
+from srppo.planning.reliability import Reliability, reliability
+from srppo.planning.traffic import Flow, Micros, flows, seconds_of
 
 MARGIN = 0.9  # of a device's memory that a run may be planned to fill: the allocator needs room
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Tokens of a micro-batch in a process: from how many on computing takes longer than what is sent meanwhile, and how many there are."""
+
+    needed: float
+    there: float
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,10 @@ class Plan:
     flops: int  # of a round
     vllm_needs: int = 0  # bytes without which vLLM in this process does not start
     vllm_takes: int = 0
+    processes: Processes = ALONE
+    traffic: tuple[Flow, ...] = ()  # what each process sends in a round, and in SFT
+    hidden: dict[str, Hidden] = field(default_factory=dict)  # by phase: from when on computing is longer than communication
+    checkpoint: int = 0  # bytes of one, of all processes together
 
     @property
     def worst(self) -> Phase:
@@ -45,7 +60,22 @@ class Plan:
 
     @property
     def host_need(self) -> int:
-        return max(phase.total(host=True) for phase in self.phases)
+        """Peak of the memory beside the GPUs of a machine."""
+        return max(self.host_total(phase) for phase in self.phases)
+
+    def host_total(self, phase: Phase) -> int:
+        """Of all processes of a machine; the model that is saved lies in rank 0's memory alone."""
+        once = sum(i.bytes for i in phase.items if i.host and i.purpose == SAVED)
+        return (phase.total(host=True) - once) * self.machine.local + once
+
+    @property
+    def reliability(self) -> Reliability:
+        return reliability(self.processes.size, self.processes.machines, self.checkpoint)
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each process sends in a round."""
+        return sum(f.bytes for f in self.traffic if f.phase != "sft" and f.collective != "file")
 
     @property
     def over(self) -> dict[str, int]:
@@ -54,7 +84,7 @@ class Plan:
         device, host = int(MARGIN * m.memory), None if not m.gpu or m.host_memory is None else int(MARGIN * m.host_memory)
         found = {p.name: p.total() + m.libraries - device for p in self.phases}
         if host is not None:
-            found |= {f"{p.name}, CPU": p.total(host=True) - host for p in self.phases}
+            found |= {f"{p.name}, CPU": self.host_total(p) - host for p in self.phases}
         found["vllm"] = self.vllm_needs - self.vllm_takes
         return {name: size for name, size in found.items() if size > 0}
 
@@ -78,6 +108,19 @@ class Plan:
             "flops_per_round": self.flops,
             "lengths": asdict(self.lengths),
             "machine": asdict(self.machine),
+            **self._several(),
+        }
+
+    def _several(self) -> dict[str, Any]:
+        """What there is to say of several processes."""
+        if self.processes.size == 1:
+            return {}
+        return {
+            "processes": asdict(self.processes),
+            "sent_bytes_per_round": self.sent,
+            "traffic": [asdict(f) for f in self.traffic],
+            "hidden_from_tokens": {name: asdict(h) for name, h in self.hidden.items()},
+            "reliability": asdict(self.reliability) | {"lost": self.reliability.lost},
         }
 
 
@@ -91,8 +134,11 @@ def make_plan(config: RunConfig, architecture: Architecture, lengths: Lengths, m
     few = settings.lora_layers
     if few is not None and few > architecture.layers:
         raise ModelError(f"tuning.lora_layers is {few}, but {config.model.name} has {architecture.layers} decoder layers")
+    processes = processes_of(machine.count, machine.local, settings.shard_size, settings.cpu_offload)
+    if processes.size > 1 and settings.engine == "vllm":
+        raise ConfigError("rollout.engine: vllm runs inside one process; for several give servers with rollout.server")
     model = describe(architecture, settings)
-    work, micros = planned_passes(settings, lengths, machine.gpu)
+    work, micros = planned_passes(settings, lengths, machine.gpu, processes)
     done = dict.fromkeys(work, Footprint())
     if activations:
         done = {name: _cached(architecture, p, few if p.train or name == "above" else None) for name, p in work.items()}
@@ -100,9 +146,10 @@ def make_plan(config: RunConfig, architecture: Architecture, lengths: Lengths, m
     factors = {name: HOLES_CHECKPOINTING if p.checkpointing else holes for name, p in work.items()}
     held = done if machine.gpu else {name: with_holes(f, factors[name]) for name, f in done.items()}
     takes, needs = vllm_memory(model, settings, lengths, machine.memory, gpu=machine.gpu) if settings.engine == "vllm" else (0, 0)
-    parts = phases(model, settings, lengths, held, micros, gpu=machine.gpu, shards=machine.count, vllm=takes)
+    parts = phases(model, settings, lengths, held, micros, gpu=machine.gpu, processes=processes, vllm=takes)
     tokens = {name: p.rows * p.length for name, p in work.items()}
-    clock = times(model, settings, lengths, done, tokens, machine)
+    sent = flows(model, settings, lengths, processes, machine.links, sft_steps(settings, lengths))
+    clock = times(model, settings, lengths, done, tokens, machine, processes, seconds_of(sent))
     return Plan(
         config.model.name,
         model.counts.total,
@@ -114,7 +161,47 @@ def make_plan(config: RunConfig, architecture: Architecture, lengths: Lengths, m
         round_flops(settings, lengths, done, tokens),
         needs,
         takes,
+        processes,
+        tuple(sent),
+        hidden(settings, lengths, done, tokens, machine, processes, clock.network) if processes.size > 1 and activations else {},
+        checkpoint_bytes(model, settings),
     )
+
+
+def hidden(
+    settings: Settings,
+    lengths: Lengths,
+    done: Mapping[str, Footprint],
+    tokens: Mapping[str, int],
+    machine: Machine,
+    processes: Processes,
+    network: Mapping[str, float],
+) -> dict[str, Hidden]:
+    """For scoring and update: what each micro-batch sends takes as long however many tokens it has, computing grows with them."""
+    s, micros = settings, Micros.of(settings, lengths, processes)
+    each = lengths.mean_prompt + lengths.mean_response
+    steps = s.epochs * min(s.minibatches, s.rollouts)
+
+    def token(name: str) -> float:
+        return pass_seconds(done[name], machine) / max(1, tokens[name])
+
+    trained = token("policy") + (token("critic") if s.critic == "own" else 0.0)
+    costs = {
+        "scoring": (scoring(s, token), micros.score, processes.rows(s.rollouts)),
+        "update": (trained, micros.update * steps, processes.rows(s.minibatch) * steps),
+    }
+    return {
+        phase: Hidden(network.get(phase, 0.0) / count / cost, rows * each / count) for phase, (cost, count, rows) in costs.items() if cost
+    }
+
+
+def checkpoint_bytes(model: Model, settings: Settings) -> int:
+    """Weights and two moments of what is trained."""
+    s = settings
+    sizes = [model.counts.total if s.full else model.adapter]
+    if s.critic == "own":
+        sizes.append(model.counts.trunk if s.full else model.adapter)
+    return 3 * sum(sizes) * s.trained_bytes
 
 
 def round_flops(settings: Settings, lengths: Lengths, done: Mapping[str, Footprint], tokens: Mapping[str, int]) -> int:
@@ -142,7 +229,6 @@ def describe(architecture: Architecture, settings: Settings) -> Model:
     s = settings
     adapter, adapted = (0, 0) if s.full else _adapter(architecture, s.lora_rank, s.lora_targets, s.lora_layers)
     counts = architecture.counts
-    inner = counts.trunk - counts.embedding
     return Model(
         counts,
         architecture.layers,
@@ -150,23 +236,25 @@ def describe(architecture: Architecture, settings: Settings) -> Model:
         architecture.state_elements,
         adapter,
         adapted,
-        max(counts.embedding, inner // architecture.layers),
     )
 
 
-def planned_passes(settings: Settings, lengths: Lengths, gpu: bool) -> tuple[dict[str, Pass], dict[str, int]]:
-    """The passes of a run by name, and how many micro-batches an optimizer step of each training pass has."""
-    s, longest = settings, lengths.max_prompt + lengths.max_response
+def planned_passes(
+    settings: Settings, lengths: Lengths, gpu: bool, processes: Processes | None = None
+) -> tuple[dict[str, Pass], dict[str, int]]:
+    """The passes of a run by name, and how many micro-batches an optimizer step of each training pass has, in one process."""
+    s, longest, p = settings, lengths.max_prompt + lengths.max_response, processes or Processes()
+    minibatch, taught_rows, sampled = p.rows(s.minibatch), p.rows(s.sft_batch), p.rows(s.rollouts)
     rank = None if s.full else s.lora_rank
     learn: dict[str, Any] = {"train": True, "checkpointing": s.checkpointing, "lora_rank": rank, "lora_targets": s.lora_targets}
     common: dict[str, Any] = {"autocast": s.autocast, "dtype": s.dtype, "device": "cuda" if gpu else "cpu"}
-    rows = micro_rows(longest, s.minibatch, s.micro_tokens)
-    scored = micro_rows(longest, s.rollouts, s.micro_tokens)
-    sft_rows = micro_rows(lengths.max_demonstration, s.sft_batch, s.sft_micro_tokens)
+    rows = micro_rows(longest, minibatch, s.micro_tokens)
+    scored = micro_rows(longest, sampled, s.micro_tokens)
+    sft_rows = micro_rows(lengths.max_demonstration, taught_rows, s.sft_micro_tokens)
     taught = max(1, lengths.max_demonstration - min(lengths.max_prompt, lengths.max_demonstration - 1))
     response = lengths.max_response
     unmerged: dict[str, Any] = {"lora_rank": rank, "lora_targets": s.lora_targets} if s.engine == "torch" and not s.merges(gpu) else {}
-    decoded = min(s.rollout_rows, s.rollouts)
+    decoded = min(s.rollout_rows, sampled)
     read = max(1, min(-(-decoded // s.samples_per_prompt), PREFILL_TOKENS // lengths.max_prompt))
     out = {
         "score": Pass(scored, longest, response, **common),
@@ -180,5 +268,5 @@ def planned_passes(settings: Settings, lengths: Lengths, gpu: bool) -> tuple[dic
         out["sft"] = Pass(sft_rows, lengths.max_demonstration, taught, **learn, **common)
     if s.critic == "own":
         out["critic"] = Pass(rows, longest, response, head="values", **learn, **common)
-    micros = dict.fromkeys(("policy", "critic"), -(-s.minibatch // rows)) | {"sft": -(-s.sft_batch // sft_rows)}
+    micros = dict.fromkeys(("policy", "critic"), -(-minibatch // rows)) | {"sft": -(-taught_rows // sft_rows)}
     return out, micros

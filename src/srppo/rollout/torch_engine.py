@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from srppo.errors import ConfigError
 from srppo.models.compiled import uncompiled
+from srppo.models.sharding import gathered
 from srppo.records import Rollout
 from srppo.rollout.attention import grouped
 from srppo.rollout.decode import NextToken, Step, decode, unwrapped
@@ -25,6 +27,7 @@ from srppo.rollout.refill import decode_refilled
 from srppo.rollout.slots import fits
 from srppo.rollout.stats import DecodeStats
 from srppo.seeding import row_uniforms
+from srppo.world import deal, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,11 +97,41 @@ class TorchEngine:
         """`generate` by any function that says the next token's logits, within `generating` for each model behind it.
 
         room: how many tokens a sequence may have, None for no limit.
+        Of several processes each decodes its share of the rows, and all get all; on_progress then speaks of the share.
         """
         assert len(prompts) == len(seeds) and (prompt_index is None or len(prompt_index) == len(prompts))
         rows = [tuple(p) for p in prompts]
         limit = sampling.max_new_tokens
         check_lengths([len(p) for p in rows], limit, room)
+        here = world()
+        began, stats = time.perf_counter(), DecodeStats()
+        share = deal([len(p) + limit for p in rows], here.size)[here.rank]
+
+        def decode_share() -> tuple[list[int], Tensor, Tensor]:
+            return share, *self._decode(step, [rows[r] for r in share], [seeds[r] for r in share], sampling, on_progress, stats)
+
+        decoded = here.each(decode_share)
+        tokens = torch.zeros(len(rows), limit, dtype=torch.int64)
+        logprobs = torch.zeros(len(rows), limit, dtype=torch.float32)
+        for part, own_tokens, own_logprobs in decoded:
+            tokens[part], logprobs[part] = own_tokens, own_logprobs
+        rollout = rollout_of(rows, prompt_index, tokens, logprobs, self.special.eos_ids)
+        stats.idle_row_steps = stats.row_steps - (int(rollout.mask[share].sum()) - len(share))
+        stats.seconds = time.perf_counter() - began
+        self.last = stats
+        return rollout
+
+    def _decode(
+        self,
+        step: Step,
+        rows: list[tuple[int, ...]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        on_progress: Progress | None,
+        stats: DecodeStats,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B, T] int64 and their log-probabilities [B, T] float32, on the CPU, in the order of the rows."""
+        limit, eos_ids = sampling.max_new_tokens, self.special.eos_ids
         # longest first (too large a batch shows at once), equal prompts side by side
         order = sorted(range(len(rows)), key=lambda r: (-len(rows[r]), rows[r]))
         tokens = torch.zeros(len(rows), limit, dtype=torch.int64)
@@ -111,7 +144,6 @@ class TorchEngine:
             if on_progress is not None and count:
                 on_progress(ended_rows, len(rows))
 
-        began, stats, eos_ids = time.perf_counter(), DecodeStats(), self.special.eos_ids
         ordered = [rows[r] for r in order]
         drawn = row_uniforms([seeds[r] for r in order], limit) if rows else torch.zeros(0, limit)
         if self.refill and rows and fits(step.new_cache(), step.config):
@@ -125,11 +157,7 @@ class TorchEngine:
                 part = slice(start, start + self.batch_size)
                 sampled, scores = decode(step, ordered[part], drawn[part].to(step.device), eos_ids, sampling, advance, stats)
                 tokens[order[part]], logprobs[order[part]] = sampled.cpu(), scores.cpu()
-        rollout = rollout_of(rows, prompt_index, tokens, logprobs, eos_ids)
-        stats.idle_row_steps = stats.row_steps - (int(rollout.mask.sum()) - len(rows))
-        stats.seconds = time.perf_counter() - began
-        self.last = stats
-        return rollout
+        return tokens, logprobs
 
     @contextlib.contextmanager
     def generating(self, model: PreTrainedModel) -> Iterator[None]:
@@ -144,6 +172,7 @@ class TorchEngine:
             with (
                 uncompiled(model),
                 torch.no_grad(),
+                gathered(unwrapped(model)),
                 torch.autocast(device, self.autocast, enabled=autocast),
                 grouped(unwrapped(model)),
             ):

@@ -11,10 +11,12 @@ import torch
 
 from srppo.config import RunConfig
 from srppo.errors import ConfigError
+from srppo.rollout.asked_by_main import AskedByMain
 from srppo.rollout.engine import RolloutEngine
 from srppo.rollout.vllm_engine import INSTALL, VLLMEngine
 from srppo.rollout.vllm_http import Connection
 from srppo.rollout.vllm_server import PATIENCE, VLLMServerEngine
+from srppo.world import world
 
 if TYPE_CHECKING:
     from srppo.models.load import SpecialTokens
@@ -29,6 +31,11 @@ def check_vllm(config: RunConfig) -> None:
         return
     for url in servers(config):
         Connection(url)
+    if not servers(config) and not world().alone:
+        raise ConfigError(
+            "rollout.engine: vllm inside the process is for one process; with several, start vLLM servers (on the same machine or others, "
+            "docs/vllm.md) and name them in rollout.server, or set rollout.engine: torch"
+        )
     if not servers(config) and find_spec("vllm") is None:
         raise ConfigError(f"rollout.engine: vllm needs vLLM, which is not installed. {INSTALL}")
 
@@ -46,7 +53,8 @@ def vllm_engine(
     rollout, model, tuning = config.rollout, config.model, config.tuning
     if urls := servers(config):
         folder = rollout.shared_folder or Path(config.output) / "vllm"
-        return VLLMServerEngine(special, urls, rollout.batch_size, folder, PATIENCE, warn)
+        asked = VLLMServerEngine(special, urls, rollout.batch_size, folder, PATIENCE, warn)
+        return asked if world().alone else AskedByMain(asked)
     # what the trainer's products are in; on a CPU the torch engine decodes in float32 under autocast, and so does this one
     dtype = "bfloat16" if model.autocast == "bfloat16" and device.type != "cpu" else None
     rank = tuning.lora_rank if tuning.kind == "lora" else 0

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from srppo.advantages import generalized_advantages, group_baseline, reward_to_go
 from srppo.config import RunConfig
-from srppo.masking import masked_mean, masked_sum, masked_whiten
-from srppo.models.over_rollout import logprobs_and_states, over_rollout, padding_tokens, prefixes, role_logprobs, rollout_tokens
+from srppo.masking import masked_mean, masked_sum, masked_whiten, unflatten
+from srppo.models.over_rollout import logprobs_and_states, over_rollout, padding_tokens, prefixes, role_logprobs, rollout_tokens, shares
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
 from srppo.records import Experience, Features, Prompt, Rollout, ScoredRollout
@@ -22,6 +22,7 @@ from srppo.rewards import CoherentReward, PreferenceReward, RewardOutput, kl_k1,
 from srppo.rollout.engine import RolloutEngine, Sampling, repeated
 from srppo.seeding import permutation
 from srppo.train.compute import Compute
+from srppo.world import world
 
 
 def deal_prompts(count: int, per_iteration: int, seed: int, iteration: int) -> list[int]:
@@ -77,7 +78,9 @@ def score(
     if states is not None:
         decided = decided_so_far(said[reward_role], said["base"], rollout, config)
         features = Features(states, [decided[row, :n] for row, n in enumerate(rollout.lengths.tolist())])
-        values[rollout.mask] = roles.values_of(features).cpu()
+        mine = shares(rollout)[world().rank]
+        values[mine] = unflatten(roles.values_of(features, mine).cpu(), rollout.mask[mine])
+        world().sum_(values)
     elif roles.has_critic:
         values = over_rollout(roles, rollout, tokens, roles.values, below)
     preference = None

@@ -8,7 +8,6 @@ Words as in diagnose/reward_card.py: demonstration, sample, preference (AUC). Re
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +31,8 @@ from srppo.progress import Progress
 from srppo.records import Example, Rollout
 from srppo.rollout.engine import RolloutEngine, Sampling, repeated
 from srppo.run_folder import RunFolder
-from srppo.train.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint, saved_steps
+from srppo.train.checkpoint import Checkpoint, checkpoint_path, drop, load_checkpoint, save_checkpoint, saved_steps
+from srppo.world import world
 
 CHECKPOINTS = "guard-best"  # under checkpoints/
 AUC_DROP = 0.1  # from round 0: beyond it, or below 1/2, the reward no longer ranks demonstrations above samples as it did
@@ -135,7 +135,7 @@ class Guard:
         now = self._see(round)
         self.looks.append(now)
         if best_of(self.looks) is now and self._config.guard.keep == "best":
-            weights = Checkpoint(round, {"policy": self._roles.state("policy")}, {})
+            weights = Checkpoint(round, {"policy": self._roles.weights("policy")}, {})
             save_checkpoint(self._folder, weights, keep=len(saved_steps(self._folder)) + 1)
             self.tidy()
         alarm = alarming(self.looks)
@@ -224,12 +224,14 @@ class Guard:
 
     def tidy(self) -> None:
         """Delete kept weights but for those of the best look so far, now and as of each PPO checkpoint that a run may resume from."""
+        if not world().main:
+            return
         ends = [*saved_steps(self._run.path / "checkpoints" / "ppo"), math.inf]
         known = [[look for look in self.looks if look.round <= end] for end in ends]
         needed = {best_of(looks).round for looks in known if looks}
         for round in saved_steps(self._folder):
             if round not in needed:
-                shutil.rmtree(checkpoint_path(self._folder, round))
+                drop(checkpoint_path(self._folder, round))
 
     # --- the end
 
@@ -260,7 +262,7 @@ class Guard:
     def _put_back(self, round: int) -> bool:
         """Put a look's weights into the role `policy`; where they are gone or damaged, say so and leave the last round's."""
         try:
-            weights = load_checkpoint(self._folder, round).tensors.get("policy")
+            weights = load_checkpoint(self._folder, round, {"policy": self._roles.weights("policy")}).tensors.get("policy")
         except RunFolderError:
             weights = None
         if weights is None:

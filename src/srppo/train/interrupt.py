@@ -1,20 +1,31 @@
-"""Ctrl-C and SIGTERM, taken at safe points: the first asks the loop to save and stop, a second stops at once."""
+"""Ctrl-C and SIGTERM (a scheduler's pre-emption), taken at safe points: one asks the loop to save and stop, a second stops at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from srppo.errors import TrainingStopped
+from srppo.world import world
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + signal: what a shell reports for a program that it ended
+
+
+ONE_SIGNAL = 10.0  # seconds: of several processes each gets a Ctrl-C twice, from the terminal and from torchrun
 
 
 class Interrupted(TrainingStopped):
-    """The user or the scheduler stopped the run; the state was saved."""
+    """The user or the scheduler stopped the run; the state was saved. The exit code is 130 after Ctrl-C and 143 after SIGTERM."""
 
-    exit_code = 130
+    exit_code = CODES[signal.SIGINT]
+
+
+class Terminated(KeyboardInterrupt):
+    """A second SIGTERM: stop at once, whatever is lost."""
 
 
 class StopRequested(Exception):
@@ -26,6 +37,8 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = False
+        self.signal = signal.SIGINT  # that came first
+        self._since = 0.0
         self._previous: dict[int, Any] = {}  # what signal.signal returned
 
     def __enter__(self) -> Interrupt:
@@ -38,15 +51,26 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        if isinstance(error, Interrupted):
+            error.exit_code = CODES[self.signal]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        message = "\nstopping: the work at hand is finished and saved first. Ctrl-C again stops at once, back to the last checkpoint.\n"
+            if not world().alone and time.monotonic() - self._since < ONE_SIGNAL:
+                return
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        self.requested, self.signal, self._since = True, signal.Signals(number), time.monotonic()
+        again = "Ctrl-C again" if number == signal.SIGINT else "Another SIGTERM"
+        message = f"\nstopping: the work at hand is finished and saved first. {again} stops at once, back to the last checkpoint.\n"
         os.write(2, message.encode())  # print is not safe in a signal handler
 
-    def check(self, *_: object) -> None:
-        """Raise StopRequested where a signal came in. Takes and ignores arguments, so it can serve as a progress callback."""
+    def check(self) -> None:
+        """Raise StopRequested where a signal came in, to any of the run's processes: all ask at the same points, and all stop."""
+        if found := world().most(int(self.signal) if self.requested else 0):
+            self.signal = signal.Signals(found)
+            raise StopRequested
+
+    def poll(self, *_: object) -> None:
+        """Raise StopRequested where a signal came in to this process, whatever the others do. A progress callback of decoding."""
         if self.requested:
             raise StopRequested

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from srppo.models.sharding import own, squared_norm
 from srppo.records import LossOutput
+from srppo.world import world
+
+BUCKET_BYTES = 64 * 2**20  # of gradients summed at once
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,9 @@ class Learner:
     def __post_init__(self) -> None:
         if not self.parameters:
             raise ValueError("a learner needs at least one parameter")
+        kinds = [[p for p in self.parameters.values() if isinstance(p, DTensor) == spread] for spread in (False, True)]
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
+            [{"params": kind} for kind in kinds if kind],  # the fused step does not mix them
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
             eps=self.epsilon,
@@ -59,7 +65,8 @@ class Learner:
         """One optimizer step from micro-batches.
 
         Each callable builds one micro-batch's graph and returns its loss as a SUM over tokens; every sum is divided by the one
-        global denominator, so any cut into micro-batches gives the same gradient.
+        global denominator, so any cut into micro-batches gives the same gradient. Of several processes each brings its own micro-batches,
+        and all take the same step.
         """
         total, sums = 0.0, dict[str, Tensor]()
         self.optimizer.zero_grad(set_to_none=True)
@@ -69,7 +76,10 @@ class Learner:
             total += float(out.loss.detach())
             for name, value in out.metrics.items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm))
+        total, sums = _over_processes(total, sums)
+        parameters = list(self.parameters.values())
+        sum_gradients([p for p in parameters if not isinstance(p, DTensor)])
+        norm = clip_gradients(parameters, self.max_grad_norm)
         skipped = not (math.isfinite(total) and math.isfinite(norm))
         if skipped:
             self.consecutive_skips += 1
@@ -82,16 +92,21 @@ class Learner:
         return StepResult(total / max(denominator, 1), means, norm, skipped)
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's moments under `parameter/slot` names, on the CPU."""
+        """The optimizer's moments under `parameter/slot` names: themselves, for a checkpoint that is written at once."""
         tensors = {}
         for name, parameter in self.parameters.items():
             for slot, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}/{slot}"] = torch.as_tensor(value).detach().cpu().clone()
+                tensors[f"{name}/{slot}"] = torch.as_tensor(value).detach()
         return tensors
+
+    def places(self) -> dict[str, Tensor]:
+        """Under the names of `state`, tensors that are spread over processes as the moments are, once there are any."""
+        return {f"{name}/{slot}": p.detach() for name, p in self.parameters.items() for slot in ("exp_avg", "exp_avg_sq")}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `state`."""
-        index = {name: i for i, name in enumerate(self.parameters)}
+        order = {id(p): i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
+        index = {name: order[id(parameter)] for name, parameter in self.parameters.items()}
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, slot = key.rsplit("/", 1)
@@ -99,10 +114,72 @@ class Learner:
         whole = self.optimizer.state_dict()
         whole["state"] = slots
         self.optimizer.load_state_dict(whole)
-        for parameter, own in self.optimizer.state.items():
-            for slot, value in own.items():  # the fused step goes over raw memory: a moment must lie as its weight does
-                if value.shape == parameter.shape and value.stride() != parameter.stride():
-                    own[slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        for parameter, held in self.optimizer.state.items():
+            for slot, value in held.items():  # the fused step goes over raw memory: a moment must lie as its weight does
+                if not isinstance(value, DTensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                    held[slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def sum_gradients(parameters: Sequence[Parameter]) -> None:
+    """Add up, over the processes of the run, the gradients of parameters that each holds whole. One that is None in all stays None."""
+    here = world()
+    if here.alone or not parameters:
+        return
+    asked = here.sum_(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)).tolist()
+    found = [p for p, count in zip(parameters, asked) if count]
+    for parameter in found:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for dtype in sorted({p.dtype for p in found}, key=str):
+        gradients = [p.grad for p in found if p.dtype == dtype and p.grad is not None]
+        for part in _buckets(gradients):
+            flat = here.sum_(torch.cat([g.reshape(-1) for g in part]))
+            for gradient, summed in zip(part, flat.split([g.numel() for g in part])):
+                gradient.copy_(summed.view_as(gradient))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Runs of tensors of about BUCKET_BYTES each."""
+    out: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if room <= 0:
+            out.append([])
+            room = BUCKET_BYTES
+        out[-1].append(tensor)
+        room -= tensor.numel() * tensor.element_size()
+    return out
+
+
+def clip_gradients(parameters: Sequence[Parameter], max_norm: float) -> float:
+    """Scale gradients to a global norm of at most max_norm. Returns the norm before: of all parameters, spread ones included."""
+    if not any(isinstance(p, DTensor) for p in parameters):
+        return float(torch.nn.utils.clip_grad_norm_(list(parameters), max_norm))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = float(squared_norm(gradients, own(gradients[0]).device).sqrt()) if gradients else 0.0
+    for gradient in gradients:
+        own(gradient).mul_(min(1.0, max_norm / (norm + 1e-6)))
+    return norm
+
+
+def silenced(loss: Callable[[], LossOutput]) -> Callable[[], LossOutput]:
+    """The same graph with a loss and metrics of zero."""
+
+    def silent() -> LossOutput:
+        out = loss()
+        return LossOutput(out.loss * 0, {name: value * 0 for name, value in out.metrics.items()})
+
+    return silent
+
+
+def _over_processes(total: float, sums: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and metric sums over all processes, added in the order of the ranks. One without a micro-batch knows no names."""
+    if world().alone:
+        return total, sums
+    everyone = world().gather((total, sums))
+    names = dict.fromkeys(name for _, own_sums in everyone for name in own_sums)
+    added = {n: sum((own_sums[n] for _, own_sums in everyone if n in own_sums), torch.zeros(())) for n in names}
+    return sum(part for part, _ in everyone), added
 
 
 def cosine_lr(step: int, total: int, peak: float, warmup: float, final_fraction: float) -> float:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from srppo.config import RunConfig
 from srppo.errors import TrainingStopped
@@ -22,14 +23,16 @@ from srppo.records import Experience, Prompt
 from srppo.rewards import CoherentReward, PreferenceReward
 from srppo.rollout.engine import EngineLost, RolloutEngine, Sampling
 from srppo.run_folder import RunFolder
-from srppo.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, saved_steps
+from srppo.train.checkpoint import Checkpoint, load_latest, save_checkpoint
 from srppo.train.compute import Compute
 from srppo.train.experience import Judged, ValueScale, collect, deal_prompts, judge, make_experience, round_metrics, score
 from srppo.train.guard import Guard
 from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
 from srppo.train.learner import scheduled_lr
+from srppo.train.saver import Saver
 from srppo.train.speed import TimedLearner, rates, snapshot
 from srppo.train.update import fit_critic, update
+from srppo.world import world
 
 SAMPLES_KEPT = 8  # rollouts a round written to samples.jsonl
 
@@ -64,6 +67,7 @@ class PPOState:
     beta: float  # KL coefficient of the next round
     phases: Phases  # what the round costs
     iteration: int = 0  # finished rounds
+    logged: int = 0  # those with their record in metrics.jsonl
     episodes: int = 0
     scale: ValueScale | None = None  # the critic's units, from the first round
     guard: Guard | None = None
@@ -108,66 +112,72 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
         Phases(roles.device),
         guard=guard,
     )
-    steps = saved_steps(folder)
-    if steps:
-        _restore(setup, state, load_checkpoint(folder, steps[-1]))
-    elif state.guard:
-        state.guard.begin(None)
-    run.truncate_metrics(state.iteration if steps else -1, "ppo")
+    resumed = _resume(setup, state, folder)
+    run.truncate_metrics(state.iteration if resumed else -1, "ppo")
 
-    phases, begun_at, logged = state.phases, state.iteration, state.iteration
+    with Saver(folder, ppo.keep_checkpoints, config.background_checkpoints) as saver:
+        try:
+            _rounds(setup, state, evaluate, saver)
+        except StopRequested:
+            _save(setup, state, saver)
+            saver.wait()
+            raise Interrupted(
+                f"stopped after PPO round {state.iteration} of {ppo.iterations}; the state is saved: continue with --resume"
+            ) from None
+        except EngineLost as lost:
+            if state.iteration == state.logged:  # lost while sampling the next round, of which nothing is kept
+                _save(setup, state, saver)
+            raise EngineLost(f"PPO stopped after round {state.logged} of {ppo.iterations}: {lost}") from None
+        except TrainingStopped as stop:
+            _save_stopped(setup, state)
+            raise TrainingStopped(
+                f"{stop}. The state is in {run.path / 'checkpoints/stopped'}; --resume goes on from the last checkpoint before it"
+            ) from None
+    if state.guard:
+        state.guard.conclude(state.iteration)
+    return state
 
-    def save() -> None:
-        with phases("checkpoint"):
-            save_checkpoint(folder, _checkpoint(setup, state), ppo.keep_checkpoints)
-        if state.guard:
-            state.guard.tidy()
+
+def _rounds(setup: PPOSetup, state: PPOState, evaluate: Callable[[int], dict[str, float]], saver: Saver) -> None:
+    """The rounds that are left, each with its record, looks and checkpoint."""
+    config, run, ppo, phases, begun_at = setup.config, setup.run, setup.config.ppo, state.phases, state.iteration
 
     def over() -> bool:
         return state.iteration >= ppo.iterations or (state.guard is not None and state.guard.gives_up)
 
-    try:
-        with setup.progress.stage("PPO", ppo.iterations, "rounds", state.iteration) as ticker:
-            if state.guard and not state.guard.looks:  # at the SFT; a record of its own, as there is no round
+    with setup.progress.stage("PPO", ppo.iterations, "rounds", begun_at) as ticker:
+        if state.guard and not state.guard.looks:  # at the SFT; a record of its own, as there is no round
+            with phases("guard"):
+                metrics = state.guard.look(0)
+            run.log({"stage": "ppo", "step": 0, **metrics, **phases.take()})
+        while not over():
+            setup.interrupt.check()
+            saver.check()
+            number = state.iteration + 1
+            profiled = config.profile and world().main and number == min(begun_at + 2, ppo.iterations)  # the first warms up
+            with traced(run.path / "profile", f"round-{number}", setup.progress.warn) if profiled else nullcontext():
+                metrics = _round(setup, state)
+            iteration, every = state.iteration, config.evaluation.every
+            if every and iteration % every == 0 and iteration < ppo.iterations:
+                with phases("evaluate"):
+                    metrics |= evaluate(iteration)
+            if state.guard and state.guard.due(iteration):
+                saver.wait()  # the guard keeps what the checkpoints on disk need
                 with phases("guard"):
-                    metrics = state.guard.look(0)
-                run.log({"stage": "ppo", "step": 0, **metrics, **phases.take()})
-            while not over():
-                setup.interrupt.check()
-                number = state.iteration + 1
-                profiled = config.profile and number == min(begun_at + 2, ppo.iterations)  # the first warms up
-                with traced(run.path / "profile", f"round-{number}", setup.progress.warn) if profiled else nullcontext():
-                    metrics = _round(setup, state)
-                iteration, every = state.iteration, config.evaluation.every
-                if every and iteration % every == 0 and iteration < ppo.iterations:
-                    with phases("evaluate"):
-                        metrics |= evaluate(iteration)
-                if state.guard and state.guard.due(iteration):
-                    with phases("guard"):
-                        metrics |= state.guard.look(iteration)
-                metrics |= phases.take() | ({"timing/profiled": 1.0} if profiled else {})
-                run.log({"stage": "ppo", "iteration": iteration, **metrics})
-                logged = iteration
-                ticker.advance(iteration, **_shown(metrics))
-                if over() or (ppo.checkpoint_every and iteration % ppo.checkpoint_every == 0):
-                    save()
-    except EngineLost as lost:
-        if state.iteration == logged:  # lost while sampling the next round, of which nothing is kept
-            save()
-        raise EngineLost(f"PPO stopped after round {logged} of {ppo.iterations}: {lost}") from None
-    except StopRequested:
-        save()
-        raise Interrupted(
-            f"stopped after PPO round {state.iteration} of {ppo.iterations}; the state is saved: continue with --resume"
-        ) from None
-    except TrainingStopped as stop:
-        _save_stopped(setup, state)
-        raise TrainingStopped(
-            f"{stop}. The state is in {run.path / 'checkpoints/stopped'}; --resume goes on from the last checkpoint before it"
-        ) from None
+                    metrics |= state.guard.look(iteration)
+            metrics |= phases.take() | ({"timing/profiled": 1.0} if profiled else {})
+            run.log({"stage": "ppo", "iteration": iteration, **metrics})
+            state.logged = iteration
+            ticker.advance(iteration, **_shown(metrics))
+            if over() or (ppo.checkpoint_every and iteration % ppo.checkpoint_every == 0):
+                _save(setup, state, saver)
+
+
+def _save(setup: PPOSetup, state: PPOState, saver: Saver) -> None:
+    with state.phases("checkpoint"):
+        saver.save(_checkpoint(setup, state))
     if state.guard:
-        state.guard.conclude(state.iteration)
-    return state
+        state.guard.tidy()
 
 
 def _round(setup: PPOSetup, state: PPOState) -> dict[str, float]:
@@ -189,7 +199,7 @@ def _gather(setup: PPOSetup, state: PPOState) -> Gathered:
     dealt = [setup.prompts[i] for i in deal_prompts(len(setup.prompts), ppo.prompts_per_iteration, config.seed, iteration)]
     samples = ppo.samples_per_prompt
     with phases("rollout"):
-        rollout = collect(roles, setup.engine, dealt, setup.sampling, samples, config.seed, iteration, spent, lambda *_: check())
+        rollout = collect(roles, setup.engine, dealt, setup.sampling, samples, config.seed, iteration, spent, setup.interrupt.poll)
     collected = snapshot(spent)
     with phases("score"):
         scored = score(roles, rollout, config, spent, check, setup.preference_model)
@@ -279,9 +289,9 @@ def _samples(gathered: Gathered, decode: Callable[[list[int]], str]) -> list[dic
 
 def _checkpoint(setup: PPOSetup, state: PPOState) -> Checkpoint:
     roles, compute = setup.roles, setup.compute
-    tensors = {"policy": roles.state("policy"), "policy-optimizer": state.policy.state()}
+    tensors = {"policy": roles.weights("policy"), "policy-optimizer": state.policy.state()}
     if roles.has_critic:
-        tensors["critic"] = roles.critic_state()
+        tensors["critic"] = roles.critic_weights()
     if state.critic:
         tensors["critic-optimizer"] = state.critic.state()
     content = {
@@ -296,6 +306,21 @@ def _checkpoint(setup: PPOSetup, state: PPOState) -> Checkpoint:
     return Checkpoint(state.iteration, tensors, content)
 
 
+def _resume(setup: PPOSetup, state: PPOState, folder: Path) -> bool:
+    """Put back the last whole checkpoint, if there is one."""
+    like = {"policy": setup.roles.weights("policy"), "policy-optimizer": state.policy.places()}
+    if setup.roles.has_critic:
+        like["critic"] = setup.roles.critic_weights()
+    if state.critic:
+        like["critic-optimizer"] = state.critic.places()
+    saved = load_latest(folder, like, warn=setup.progress.warn)
+    if saved is not None:
+        _restore(setup, state, saved)
+    elif state.guard:
+        state.guard.begin(None)
+    return saved is not None
+
+
 def _restore(setup: PPOSetup, state: PPOState, saved: Checkpoint) -> None:
     roles, compute = setup.roles, setup.compute
     roles.load_state("policy", saved.tensors["policy"])
@@ -304,7 +329,8 @@ def _restore(setup: PPOSetup, state: PPOState, saved: Checkpoint) -> None:
         roles.load_critic_state(saved.tensors["critic"])
     if state.critic:
         state.critic.load_state(saved.tensors["critic-optimizer"])
-    state.iteration, state.episodes = saved.step, saved.state["episodes"]
+    state.iteration = state.logged = saved.step
+    state.episodes = saved.state["episodes"]
     state.beta = saved.state["beta"]
     state.scale = ValueScale(*saved.state["value_scale"]) if saved.state["value_scale"] else None
     compute.forward_tokens, compute.trained_tokens = saved.state["forward_tokens"], saved.state["trained_tokens"]
@@ -319,5 +345,6 @@ def _restore(setup: PPOSetup, state: PPOState, saved: Checkpoint) -> None:
 def _save_stopped(setup: PPOSetup, state: PPOState) -> None:
     """After repeated non-finite steps: keep the state for inspection beside the checkpoints, which stay the way to resume."""
     folder = setup.run.path / "checkpoints" / "stopped"
-    shutil.rmtree(folder, ignore_errors=True)
+    if world().main:
+        shutil.rmtree(folder, ignore_errors=True)
     save_checkpoint(folder, _checkpoint(setup, state), keep=1)

@@ -11,10 +11,13 @@ from srppo.models.roles import Roles
 from srppo.progress import Progress, Stage
 from srppo.records import Example
 from srppo.run_folder import RunFolder
-from srppo.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, saved_steps
+from srppo.train.checkpoint import Checkpoint, load_latest
 from srppo.train.compute import Compute
 from srppo.train.interrupt import Interrupt, Interrupted, StopRequested
+from srppo.train.saver import Saver
 from srppo.train.supervised import heldout_nll, new_learner, planned_steps, train_supervised
+
+CHECKPOINTS_KEPT = 2  # should the last be damaged, the one before it is there
 
 
 @dataclass(frozen=True)
@@ -79,24 +82,28 @@ def train_sft(
     learner = new_learner(roles, "sft", sft)
     found: list[SFTCheckpoint] = []
     done = 0
-    if saved_steps(resume_folder):
-        saved = load_checkpoint(resume_folder, saved_steps(resume_folder)[-1])
+    like = {"sft": roles.weights("sft"), "optimizer": learner.places()}
+    if (saved := load_latest(resume_folder, like, warn=progress.warn)) is not None:
         done = saved.step
         roles.load_state("sft", saved.tensors["sft"])
         learner.load_state(saved.tensors["optimizer"])
-        learner.total_skips = saved.state["skipped_steps"]
+        learner.total_skips, learner.consecutive_skips = saved.state["skipped_steps"], saved.state["consecutive_skips"]
         compute.trained_tokens, compute.forward_tokens = saved.state["trained_tokens"], saved.state["forward_tokens"]
         found = [SFTCheckpoint(**c) for c in saved.state["found"]]
+        del saved
     run.truncate_metrics(done, "sft")
 
+    saver = Saver(resume_folder, CHECKPOINTS_KEPT, config.background_checkpoints)
+
     def save(step: int) -> None:
-        state = {"found": [asdict(c) for c in found], "skipped_steps": learner.total_skips}
+        state = {"found": [asdict(c) for c in found], "skipped_steps": learner.total_skips, "consecutive_skips": learner.consecutive_skips}
         state |= {"trained_tokens": compute.trained_tokens, "forward_tokens": compute.forward_tokens}
-        save_checkpoint(resume_folder, Checkpoint(step, {"sft": roles.state("sft"), "optimizer": learner.state()}, state), keep=1)
+        saver.save(Checkpoint(step, {"sft": roles.weights("sft"), "optimizer": learner.state()}, state))
 
     def after_step(step: int, ticker: Stage) -> bool:
         nonlocal done
         done = step
+        saver.check()
         judged = step in shares or (sft.eval_every and step % sft.eval_every == 0)
         nll = heldout_nll(roles, "sft", heldout, sft.micro_batch_tokens, compute) if judged else None
         if nll is not None:
@@ -107,35 +114,38 @@ def train_sft(
                 folder = f"sft_checkpoints/{share_name(share)}"
                 roles.save("sft", run.path / folder)
                 found.append(SFTCheckpoint(share, step, nll, folder))
-            if step < steps:
-                save(step)
+        if step < steps and (step in shares or (sft.checkpoint_every and step % sft.checkpoint_every == 0)):
+            save(step)
         return False
 
-    try:
-        train_supervised(
-            roles,
-            "sft",
-            examples,
-            learner,
-            sft,
-            steps=steps,
-            max_tokens=config.data.max_tokens,
-            first_step=done,
-            seed=config.seed,
-            stage="sft",
-            run=run,
-            title="SFT",
-            progress=progress,
-            compute=compute,
-            interrupt=interrupt,
-            after_step=after_step,
-        )
-    except TrainingStopped as stop:
-        save(done)
-        raise TrainingStopped(f"{stop}. The state of step {done} is saved in {resume_folder}") from None
-    except StopRequested:
-        save(done)
-        raise Interrupted(f"stopped after SFT step {done} of {steps}; the state is saved: continue with --resume") from None
+    with saver:
+        try:
+            train_supervised(
+                roles,
+                "sft",
+                examples,
+                learner,
+                sft,
+                steps=steps,
+                max_tokens=config.data.max_tokens,
+                first_step=done,
+                seed=config.seed,
+                stage="sft",
+                run=run,
+                title="SFT",
+                progress=progress,
+                compute=compute,
+                interrupt=interrupt,
+                after_step=after_step,
+            )
+        except TrainingStopped as stop:
+            save(done)
+            saver.wait()
+            raise TrainingStopped(f"{stop}. The state of step {done} is saved in {resume_folder}") from None
+        except StopRequested:
+            save(done)
+            saver.wait()
+            raise Interrupted(f"stopped after SFT step {done} of {steps}; the state is saved: continue with --resume") from None
     kept = choose(found, sft.keep)
     if kept.step != steps:
         roles.drop("sft")

@@ -14,9 +14,11 @@ from srppo.models.roles import Roles
 from srppo.progress import Progress, Stage
 from srppo.records import Example, LossOutput, TokenBatch
 from srppo.run_folder import RunFolder
+from srppo.seeding import seed_dropout
 from srppo.train.compute import Compute
 from srppo.train.interrupt import Interrupt
-from srppo.train.learner import Learner, cosine_lr
+from srppo.train.learner import Learner, cosine_lr, silenced
+from srppo.world import deal, world
 
 MAX_SKIPPED_STEPS = 5  # consecutive non-finite steps after which the run stops
 
@@ -34,12 +36,20 @@ def planned_steps(examples: Sequence[Example], config: SFTConfig) -> int:
 def heldout_nll(roles: Roles, role: str, examples: Sequence[Example], tokens: int, compute: Compute | None = None) -> float | None:
     """Mean negative log-likelihood of held-out target tokens, nats a token; None without examples."""
     total, count = 0.0, 0
-    for chunk in token_chunks([len(e.ids) for e in examples], tokens):
-        batch = example_batch([examples[i] for i in chunk], roles.special.pad_id).to(roles.device)
+    here = world()
+    mine = [examples[i] for i in deal([len(e.ids) for e in examples], here.size)[here.rank]]
+    chunks = token_chunks([len(e.ids) for e in mine], tokens)
+    for chunk in chunks:
+        batch = example_batch([mine[i] for i in chunk], roles.special.pad_id).to(roles.device)
         total -= float(roles.score(role, batch).logprobs.double().sum())
         count += batch.targets
-        if compute:
-            compute.forward_tokens += int(batch.attention_mask.sum())
+    if roles.spread:
+        for _ in range(here.most(len(chunks)) - len(chunks)):  # all run a model as often as each other
+            roles.score(role, example_batch(examples[:1], roles.special.pad_id).to(roles.device))
+    if compute:
+        compute.forward_tokens += sum(len(e.ids) for e in examples)
+    said = here.gather((total, count))
+    total, count = sum(t for t, _ in said), sum(c for _, c in said)
     return total / count if count else None
 
 
@@ -71,6 +81,18 @@ def train_supervised(
     def loss_of(batch: TokenBatch) -> Callable[[], LossOutput]:
         return lambda: cross_entropy(roles.score(role, batch, train=True).logprobs)
 
+    here = world()
+
+    def cut(rows: Sequence[Example]) -> list[TokenBatch]:
+        batches = micro_batches(
+            rows,
+            micro_batch_tokens=config.micro_batch_tokens,
+            pad_id=roles.special.pad_id,
+            batching=config.batching,
+            max_tokens=max_tokens,
+        )
+        return [b.to(roles.device) for b in batches]
+
     with progress.stage(title, steps, "steps", first_step) as ticker:
         for step in range(first_step, steps):
             interrupt.check()
@@ -78,18 +100,15 @@ def train_supervised(
             lr = cosine_lr(step, steps, config.learning_rate, config.warmup, config.final_lr_fraction)
             learner.set_lr(lr)
             rows = step_batch(examples, step=step, batch_size=config.batch_size, seed=seed, batching=config.batching)
-            batches = [
-                b.to(roles.device)
-                for b in micro_batches(
-                    rows,
-                    micro_batch_tokens=config.micro_batch_tokens,
-                    pad_id=roles.special.pad_id,
-                    batching=config.batching,
-                    max_tokens=max_tokens,
-                )
-            ]
-            tokens = sum(int(b.attention_mask.sum()) for b in batches)
-            result = learner.step((loss_of(b) for b in batches), sum(b.targets for b in batches))
+            batches = cut([rows[i] for i in deal([len(e.ids) for e in rows], here.size)[here.rank]])
+            counts = here.gather((sum(b.targets for b in batches), sum(b.attention_mask.numel() for b in batches), len(batches)))
+            targets, places, most = sum(c[0] for c in counts), sum(c[1] for c in counts), max(c[2] for c in counts)
+            tokens = sum(len(e.ids) for e in rows)
+            losses = [loss_of(b) for b in batches]
+            if roles.spread:  # all run a model as often as each other
+                losses += [silenced(loss_of(cut(rows[:1])[0]))] * (most - len(batches))
+            seed_dropout(seed, stage, step, here.rank)
+            result = learner.step(losses, targets)
             compute.trained_tokens += tokens
             if result.skipped:
                 progress.warn(f"{stage} step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: step skipped")
@@ -102,7 +121,7 @@ def train_supervised(
             record = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm, "tokens_per_second": tokens / seconds}
             record |= {
                 "timing/step": seconds,
-                "padding_share": 0.0 if roles.flat else 1 - tokens / sum(b.attention_mask.numel() for b in batches),
+                "padding_share": 0.0 if roles.flat else 1 - tokens / places,
             }
             run.log({"stage": stage, "step": step + 1, **record, "skipped_steps": learner.total_skips})
             ticker.advance(step + 1, loss=result.loss, lr=lr)

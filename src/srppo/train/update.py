@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,13 +16,14 @@ from srppo.config import PPOConfig
 from srppo.errors import TrainingStopped
 from srppo.losses.policy import clipped_surrogate
 from srppo.losses.value import clipped_value_loss
-from srppo.models.over_rollout import micro_batches, padding_tokens
+from srppo.models.over_rollout import micro_batches, padding_tokens, shares
 from srppo.models.roles import Roles
 from srppo.records import Experience, LossOutput, TokenBatch
 from srppo.rollout.engine import mismatch
-from srppo.seeding import permutation
+from srppo.seeding import permutation, seed_dropout
 from srppo.train.compute import Compute
-from srppo.train.learner import Learner
+from srppo.train.learner import Learner, silenced
+from srppo.world import deal, world
 
 
 @dataclass
@@ -72,6 +73,7 @@ def update(
         order = [rows[i] for i in permutation(len(rows), seed, "minibatches", iteration, epoch)]
         epoch_kl = []
         for minibatch in split_rows(order, config.minibatches) if rows else []:
+            seed_dropout(seed, "ppo", iteration, done, world().rank)
             kl = _minibatch(roles, experience, minibatch, policy, critic, config, train_policy, done == 0, compute, log)
             epoch_kl.append(kl)
             done += 1
@@ -93,8 +95,9 @@ def update(
     out["policy/skipped_steps"] = float(policy.total_skips)
     if critic:
         out["critic/skipped_steps"] = float(critic.total_skips)
-    if log.first_logprobs:
-        behaviour, trainer = (torch.cat(side) for side in zip(*log.first_logprobs))
+    if done and train_policy:
+        everyone = [pair for pairs in world().gather(log.first_logprobs) for pair in pairs]
+        behaviour, trainer = (torch.cat(side) for side in zip(*everyone))
         out |= {f"rollout/{k}": v for k, v in mismatch(behaviour, trainer, torch.ones_like(trainer, dtype=torch.bool)).items()}
     return out
 
@@ -111,7 +114,8 @@ def fit_critic(roles: Roles, experience: Experience, warn: Callable[[str], None]
     if not rows:  # the round's own warning says why
         return {}
     returns = [x[m] for x, m in zip(experience.returns, mask)]
-    if not roles.fit_critic(experience.features, rows, returns):
+    mine = set(shares(experience.rollout)[world().rank])
+    if not roles.fit_critic(experience.features, [r for r in rows if r in mine], returns):
         warn("NaN or infinite features or returns: the critic was not fitted in this round")
     missed = (experience.old_values - experience.returns)[rows][mask[rows]]
     return {"loss/value_avg": float(missed.square().mean()) / 2, "timing/critic": time.perf_counter() - begun}
@@ -130,19 +134,23 @@ def _minibatch(
     log: UpdateLog,
 ) -> float:
     """One optimizer step of each learner on a minibatch. Returns its approximate KL, nats a token."""
-    rollout, device = experience.rollout, roles.device
+    rollout, device, here = experience.rollout, roles.device, world()
     denominator = int(rollout.lengths[minibatch].sum())
-    micros = micro_batches(roles, rollout, config.micro_batch_tokens, minibatch, experience.prefixes)
+    costs = [len(rollout.prompt_ids[r]) + n for r, n in zip(minibatch, rollout.lengths[minibatch].tolist())]
+    mine = [minibatch[i] for i in deal(costs, here.size)[here.rank]]
+    micros = micro_batches(roles, rollout, config.micro_batch_tokens, mine, experience.prefixes)
+    silent = here.most(len(micros)) - len(micros) if roles.spread else 0
+    spare = micro_batches(roles, rollout, config.micro_batch_tokens, minibatch[:1]) * silent
     passes = train_policy + (critic is not None)
+    compute.trained_tokens += passes * sum(costs)
     compute.padding_tokens += passes * padding_tokens(roles, rollout, config.micro_batch_tokens, minibatch)
 
     def flat(x: Tensor, rows: list[int]) -> Tensor:
         return x[rows][rollout.mask[rows]].to(device)
 
     def policy_loss(rows: list[int], batch: TokenBatch) -> LossOutput:
-        compute.trained_tokens += int(batch.attention_mask.sum())
         scores = roles.score("policy", batch, train=True, entropy=config.entropy)
-        if first:
+        if first and len(log.first_logprobs) < len(micros):  # not of the spare ones
             log.first_logprobs.append((flat(rollout.behaviour_logprobs, rows).cpu(), scores.logprobs.detach().cpu()))
         out = clipped_surrogate(scores.logprobs, flat(experience.old_logprobs, rows), flat(experience.advantages, rows), config.clip)
         if scores.entropy is None:
@@ -150,13 +158,18 @@ def _minibatch(
         return LossOutput(out.loss, {**out.metrics, "entropy": scores.entropy.detach().sum()})
 
     def value_loss(rows: list[int], batch: TokenBatch) -> LossOutput:
-        compute.trained_tokens += int(batch.attention_mask.sum())
         values = roles.values(batch, train=True)
         return clipped_value_loss(values, flat(experience.old_values, rows), flat(experience.returns, rows), config.value_clip)
 
+    def losses(loss: Callable[[list[int], TokenBatch], LossOutput]) -> Iterator[Callable[[], LossOutput]]:
+        for micro in micros:
+            yield partial(loss, *micro)
+        for micro in spare:  # where the weights are spread, all run a model as often as each other
+            yield silenced(partial(loss, *micro))
+
     approx_kl = 0.0
     if train_policy:
-        step = policy.step((partial(policy_loss, *micro) for micro in micros), denominator)
+        step = policy.step(losses(policy_loss), denominator)
         approx_kl = step.metrics["approxkl"]
         log.values["loss/policy_avg"].append(step.loss)
         log.values["policy/approxkl_avg"].append(approx_kl)
@@ -168,7 +181,7 @@ def _minibatch(
         log.values["val/ratio"].append(step.metrics["ratio"])
     if critic is None:
         return approx_kl
-    step = critic.step((partial(value_loss, *micro) for micro in micros), denominator)
+    step = critic.step(losses(value_loss), denominator)
     log.values["loss/value_avg"].append(step.loss)
     log.values["val/clipfrac_avg"].append(step.metrics["clipfrac"])
     log.values["critic/grad_norm"].append(step.grad_norm)

@@ -1,0 +1,392 @@
+"""Killed runs: real `srppo align` processes die by SIGKILL at chosen moments, again and again, and must end as if nothing had happened.
+
+    python -m benchmarks.crash [--kills 60] [--seed 0]
+
+An undisturbed run says what is right: the weights of every model, the records of metrics.jsonl and samples.jsonl, the answers of the
+evaluations, the outcomes of the stages and the list of files. Then runs of the same recipe are killed (the whole process group), resumed
+and killed again until they end, and compared with it: only clocks and memory may differ. Each kill is aimed at a phase (the one hit least
+so far) and falls somewhere in it, by chance. Nothing in srppo knows of this: the processes are forked from this one, which has loaded
+the libraries, and functions of theirs are wrapped to tell in shared memory which phase they are in. Needs Linux or macOS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from srppo.config import build, dump, load_recipe, merge
+from srppo.lab.world import recipe, write_world
+
+RESULTS = Path(__file__).parent / "results" / "crash.json"
+PATIENCE = 300.0  # seconds that a process may take for what takes a few
+# What is wrapped, and the phase it is. A phase inside another hides that.
+PHASES = {
+    "loading": ["srppo.workspace:_load"],
+    "SFT": ["srppo.train.sft:train_supervised"],
+    "reward card": ["srppo.diagnosis:make_card"],
+    "rollout": ["srppo.train.ppo:collect"],
+    "scoring": ["srppo.train.ppo:score"],
+    "update": ["srppo.train.ppo:update"],
+    "guard": ["srppo.train.guard:Guard.look"],
+    "evaluation": ["srppo.stages:evaluate"],
+    "continued SFT": ["srppo.train.continued:train_supervised"],
+    "checkpoint writing": ["srppo.train.saver:save_checkpoint", "srppo.train.guard:save_checkpoint"],
+    "checkpoint dropping": ["srppo.train.checkpoint:drop_old", "srppo.stages:drop_checkpoint", "srppo.train.guard:Guard.tidy"],
+    "checkpoint reading": [f"srppo.train.{stage}:load_latest" for stage in ("sft", "ppo", "continued")],
+    "model writing": ["srppo.models.roles:Roles.save", "srppo.models.roles:Roles.save_critic"],
+    "model reading": ["srppo.models.roles:Roles.load"],
+    "records": ["srppo.run_folder:RunFolder.log", "srppo.run_folder:RunFolder.samples", "srppo.run_folder:RunFolder.truncate_metrics"],
+    "stage outcome": ["srppo.stages:finish", "srppo.diagnosis:finish", "srppo.diagnosis:note_card"],
+    "moving the start": ["srppo.diagnosis:_move"],
+    "report": ["srppo.report:write_report"],
+}
+LIBRARIES = (
+    "datasets",
+    "peft",
+    "matplotlib.pyplot",
+    "torch.distributed.checkpoint",
+    "transformers.models.llama.modeling_llama",
+    "rich.table",
+)
+CLOCKS = ("timing/", "memory/", "seconds", "wall_seconds", "peak_rss_mb", "stage_seconds", "versions")
+
+
+class Told:
+    """Memory shared with a process: its phase, how often it has entered each, and when it entered this one."""
+
+    SIZE = 4096
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, self.SIZE)
+        self.now: list[tuple[str, float]] = []
+        self.entered: Counter[str] = Counter()
+
+    def write(self) -> None:
+        phase, since = self.now[-1] if self.now else ("elsewhere", 0.0)
+        text = json.dumps([phase, since, self.entered]).encode()
+        self._memory[:] = text + b"\0" * (self.SIZE - len(text))
+
+    def read(self) -> tuple[str, float, dict[str, int]]:
+        """What the process said last; while it is writing, nothing."""
+        with contextlib.suppress(ValueError):
+            phase, since, entered = json.loads(self._memory[:].rstrip(b"\0") or b"null") or ["starting", 0.0, {}]
+            return phase, since, entered
+        return "", 0.0, {}
+
+    def clear(self) -> None:
+        self._memory[:] = b"\0" * self.SIZE
+
+
+def wrap(told: Told, spent: dict[str, list[float]] | None = None) -> None:
+    """In the process that runs: have the phases' functions tell where it is. spent: seconds of each call, to fill."""
+    for phase, places in PHASES.items():
+        for place in places:
+            module, _, path = place.partition(":")
+            owner: Any = importlib.import_module(module)
+            *within, name = path.split(".")
+            for part in within:
+                owner = getattr(owner, part)
+            setattr(owner, name, _telling(getattr(owner, name), phase, told, spent))
+
+
+def _telling(inner: Callable[..., Any], phase: str, told: Told, spent: dict[str, list[float]] | None) -> Callable[..., Any]:
+    def telling(*args: Any, **options: Any) -> Any:
+        began = time.monotonic()
+        told.now.append((phase, began))
+        told.entered[phase] += 1
+        told.write()
+        try:
+            return inner(*args, **options)
+        finally:
+            told.now.remove((phase, began))
+            told.write()
+            if spent is not None:
+                spent.setdefault(phase, []).append(time.monotonic() - began)
+
+    return telling
+
+
+def start(recipe_file: Path, output: Path, told: Told, times: Path | None = None) -> int:
+    """`srppo align RECIPE --output OUTPUT --resume` in a process and group of its own. times: where the phases' seconds go."""
+    told.clear()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.setsid()
+        log = os.open(f"{output}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        spent: dict[str, list[float]] = {}
+        wrap(told, spent)
+        from srppo.cli import cli
+
+        try:
+            cli(["align", str(recipe_file), "--output", str(output), "--resume", "--progress", "plain"], prog_name="srppo")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        if times is not None:
+            times.write_text(json.dumps(spent))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def ended(pid: int) -> int | None:
+    """The exit code of a process; None while it runs, minus the signal where one killed it."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def wait(pid: int) -> int:
+    end = time.monotonic() + PATIENCE
+    while (code := ended(pid)) is None:
+        if time.monotonic() > end:
+            os.killpg(pid, signal.SIGKILL)
+            raise SystemExit("a run takes too long")
+        time.sleep(0.005)
+    return code
+
+
+def kill_in(pid: int, told: Told, phase: str, nth: int, delay: float) -> str | None:
+    """Kill a run `delay` seconds after it has entered a phase for the nth time. The phase it died in; None where it ended before."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        if (code := ended(pid)) is not None:
+            if code:
+                raise SystemExit(f"a run failed with exit code {code}")
+            return None
+        if time.monotonic() > end:
+            os.killpg(pid, signal.SIGKILL)
+            raise SystemExit("a run takes too long")
+        _, _, entered = told.read()
+        if entered.get(phase, 0) >= nth:
+            break
+        time.sleep(0.0005)
+    time.sleep(delay)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code == 0:
+        return None
+    if code != -signal.SIGKILL:
+        raise SystemExit(f"a run failed with exit code {code}")
+    return told.read()[0] or "elsewhere"
+
+
+def without_clocks(value: Any) -> Any:
+    """A record without what differs between two runs on one machine."""
+    if isinstance(value, dict):
+        return {k: without_clocks(v) for k, v in value.items() if not k.startswith(CLOCKS) and "tokens_per_second" not in k}
+    return [without_clocks(v) for v in value] if isinstance(value, list) else value
+
+
+def fingerprint(run: Path) -> dict[str, str]:
+    """What a run has left, by file: a hash of its bytes, or of its records without clocks. Of other files the name alone."""
+    out = {}
+    for path in sorted(p for p in run.rglob("*") if p.is_file()):
+        name, content = str(path.relative_to(run)), b""
+        if name.startswith("checkpoints/"):
+            content = path.read_bytes() if path.suffix == ".safetensors" else b""
+        elif path.suffix == ".safetensors" or path.name in ("README.md", "config.json", "adapter_config.json"):
+            content = path.read_bytes()
+        elif path.suffix == ".jsonl":
+            content = json.dumps([without_clocks(json.loads(line)) for line in path.read_text().splitlines()]).encode()
+        elif name in ("summary.json", "data.json", "diagnose.json") or name.startswith("stages/"):
+            content = json.dumps(without_clocks(json.loads(path.read_text()))).encode()
+        out[name] = hashlib.blake2b(content, digest_size=8).hexdigest()
+    return out
+
+
+@dataclass
+class Case:
+    """A recipe, and how it went."""
+
+    name: str
+    recipe: Path
+    right: dict[str, str] = field(default_factory=dict)  # fingerprint of the undisturbed run
+    seconds: float = 0.0  # that it took
+    runs: int = 0
+    most: int = 0  # kills of one run
+    differences: list[str] = field(default_factory=list)
+
+
+def lab_cases(folder: Path, seed: int) -> list[Case]:
+    """The embedded world's model, small: full tuning, LoRA, and both the card's choices and background writing."""
+    world = folder / "world"
+    write_world(world, seed, demonstrations=32, prompts=96, eval_per_family=2)
+    small = {
+        "diagnose.samples": 2,
+        "diagnose.heldout": 8,
+        "diagnose.prompts": 4,
+        "diagnose.preview": False,
+        "sft.steps": 12,
+        "sft.batch_size": 16,
+        "sft.checkpoint_every": 3,
+        "sft.checkpoints_at": [0.5, 1.0],
+        "sft.eval_every": 4,
+        "sft.keep": "auto",
+        "ppo.iterations": 6,
+        "ppo.prompts_per_iteration": 16,
+        "ppo.epochs": 2,
+        "ppo.minibatches": 2,
+        "ppo.checkpoint_every": 2,
+        "rollout.max_new_tokens": 12,
+        "guard.every": 2,
+        "guard.samples": 1,
+        "guard.heldout": 8,
+        "guard.keep": "best",
+        "evaluation.samples": 1,
+        "evaluation.every": 3,
+        "evaluation.during_prompts": 2,
+    }
+    lora = {"tuning.kind": "lora", "tuning.lora_rank": 4}
+    kinds: dict[str, dict[str, Any]] = {
+        "full": {},
+        "lora": {**lora, "tuning.lora_dropout": 0.1, "reward.kl_target": 0.5},
+        "full, in the background": {"background_checkpoints": True, "tuning.critic": "least_squares"},
+        "lora, in the background": {**lora, "background_checkpoints": True, "ppo.baseline": "group", "ppo.samples_per_prompt": 2},
+    }
+    cases = []
+    for name, changes in kinds.items():
+        file = folder / f"{name.replace(', ', '-').replace(' ', '-')}.yaml"
+        file.write_text(dump(build(merge(recipe(world, seed, folder / "unused"), {**small, **changes}))), encoding="utf-8")
+        cases.append(Case(name, file))
+    return cases
+
+
+def crash(cases: list[Case], folder: Path, kills: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Kill runs of the cases in turn, until there were so many kills and the runs at hand have ended. Returns the result."""
+    rng, told = random.Random(seed), Told()
+    hit: Counter[str] = Counter()
+    typical: dict[str, list[float]] = {}
+    for case in cases:
+        began, times = time.monotonic(), folder / "times.json"
+        run = folder / f"{case.recipe.stem}-undisturbed"
+        if wait(start(case.recipe, run, told, times)):
+            raise SystemExit(f"{case.name}: the undisturbed run failed; see {run}.log")
+        case.seconds, case.right = time.monotonic() - began, fingerprint(run)
+        for phase, spent in json.loads(times.read_text()).items():
+            typical.setdefault(phase, []).extend(spent)
+        say(f"{case.name}: undisturbed {case.seconds:.1f} s")
+        shutil.rmtree(run)
+    aims = [phase for phase in PHASES if phase in typical]
+    aimed: Counter[str] = Counter()
+    while hit.total() < kills:
+        for case in cases:
+            killed = _one_run(case, folder, told, rng, hit, aimed, aims, typical, kills)
+            say(f"{case.name}: run {case.runs}, killed {killed} times, {len(case.differences)} differences")
+    return {
+        "kills": hit.total(),
+        "by_phase": dict(sorted(hit.items(), key=lambda item: -item[1])),
+        "runs": sum(case.runs for case in cases),
+        "differences": sum(len(case.differences) for case in cases),
+        "cases": [
+            {"name": c.name, "runs": c.runs, "most_kills": c.most, "undisturbed_seconds": round(c.seconds, 1), "differences": c.differences}
+            for c in cases
+        ],
+        "seed": seed,
+    }
+
+
+def _one_run(
+    case: Case,
+    folder: Path,
+    told: Told,
+    rng: random.Random,
+    hit: Counter[str],
+    aimed: Counter[str],
+    aims: list[str],
+    typical: dict[str, list[float]],
+    kills: int,
+) -> int:
+    """One run from its beginning to its end, killed on the way; how often."""
+    run, killed = folder / f"{case.recipe.stem}-{case.runs}", 0
+    while True:
+        if hit.total() >= kills:
+            if code := wait(start(case.recipe, run, told)):
+                raise SystemExit(f"{case.name}: a resumed run failed with exit code {code}; see {run}.log")
+            break
+        phase = min(aims, key=lambda p: (hit[p] + aimed[p] / 4, rng.random()))
+        aimed[phase] += 1  # some phases never come again in what is left of a run
+        nth = 1 if phase in ("loading", "report") else rng.randint(1, 3)
+        delay = rng.random() * rng.choice(typical[phase])
+        try:
+            where = kill_in(start(case.recipe, run, told), told, phase, nth, delay)
+        except SystemExit as error:
+            raise SystemExit(f"{case.name}: {error}; see {run}.log") from None
+        if where is None:
+            break
+        hit[where] += 1
+        killed += 1
+    found = fingerprint(run)
+    odd = sorted(name for name in found.keys() | case.right.keys() if found.get(name) != case.right.get(name))
+    case.differences += [f"run {case.runs}: {name}{'' if name in found else ' is missing'}" for name in odd]
+    case.runs, case.most = case.runs + 1, max(case.most, killed)
+    if not odd:
+        shutil.rmtree(run)
+    return killed
+
+
+@contextlib.contextmanager
+def workplace(given: str | None) -> Iterator[Path]:
+    if given is not None:
+        Path(given).mkdir(parents=True, exist_ok=True)
+        yield Path(given)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", action="append", help="instead of the embedded world's; may be given more than once")
+    parser.add_argument("--work", help="where the runs lie; by default a temporary folder")
+    parser.add_argument("--output", default=str(RESULTS))
+    given = parser.parse_args(arguments)
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    importlib.import_module("srppo.job")
+    with workplace(given.work) as folder:
+        if given.recipe:
+            cases = [Case(Path(file).stem, Path(file)) for file in given.recipe]
+            for case in cases:
+                load_recipe(str(case.recipe))
+        else:
+            cases = lab_cases(folder, given.seed)
+        result = crash(cases, folder, given.kills, given.seed, lambda text: print(text, flush=True))
+    Path(given.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    width = max(map(len, result["by_phase"]))
+    print(f"\n{'phase':<{width}}  kills")
+    for phase, count in result["by_phase"].items():
+        print(f"{phase:<{width}}  {count:5d}")
+    print(f"{'all':<{width}}  {result['kills']:5d}   in {result['runs']} runs; differences from the undisturbed: {result['differences']}")
+    for case in result["cases"]:
+        for difference in case["differences"]:
+            print(f"  {case['name']}: {difference}")
+    return 1 if result["differences"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

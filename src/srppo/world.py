@@ -1,0 +1,291 @@
+"""The processes of a run: one, or several started by torchrun, each of which runs the same program on its share of the rows.
+
+All processes hold the same records and take the same decisions; rank 0 alone writes. What must be the same everywhere goes through the
+few functions of World. In a plain process they do nothing, and torch.distributed is not touched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from srppo.errors import ConfigError, LostProcess, SrppoError
+
+if TYPE_CHECKING:  # the command answers --help before torch is loaded
+    from torch import Tensor
+    from torch.distributed import TCPStore
+
+T = TypeVar("T")
+TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 writes a model, draws the report, or asks a vLLM server
+LOOK_EVERY = 0.5  # seconds between two looks at whether another process has failed
+# What torch.distributed says of a process that has gone.
+PARTED = (
+    "closed by peer",
+    "Connection reset",
+    "Connection refused",
+    "Broken pipe",
+    "gloo",
+    "NCCL",
+    "Socket",
+)  # in words of torch.distributed
+GRACE = 4.0  # seconds that a process has, once another has failed, to end by an error of its own
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is, of how many. local_*: among those on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        self.gather(None)
+
+    def gather(self, item: T) -> list[T]:
+        """Every process's item, by rank, to all."""
+        if self.alone:
+            return [item]
+        items: list[Any] = [None] * self.size
+        _dist().all_gather_object(items, item)
+        return items
+
+    def share(self, item: T) -> T:
+        """Rank 0's item, to all."""
+        if self.alone:
+            return item
+        box: list[Any] = [item if self.main else None]
+        _dist().broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[no-any-return]
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Let rank 0 alone do something, and give its result to all; where it raises, all do."""
+        if self.alone:
+            return work()
+        result: tuple[bool, Any] = (True, None)
+        if self.main:
+            try:
+                result = (True, work())
+            except Exception as error:
+                result = (False, error)
+        done, value = self.share(_sendable(result) if self.main else result)
+        if not done:
+            raise value
+        return value  # type: ignore[no-any-return]
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Do something that takes much memory, on each machine one process after the other."""
+        for turn in range(self.most(self.local_size)):
+            if turn == self.local_rank:
+                result = work()
+            self.barrier()
+        return result
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """Let every process do its share; the results by rank, to all. Where one raises, all raise the error of the first that did."""
+        if self.alone:
+            return [work()]
+        try:
+            mine: tuple[bool, Any] = (True, work())
+        except Exception as error:
+            mine = _sendable((False, error))
+        everyone = self.gather(mine)
+        for rank, (done, value) in enumerate(everyone):
+            if not done:
+                value.add_note(f"(in process {rank})")
+                raise value
+        return [value for _, value in everyone]
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if not self.alone:
+            _dist().all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        return flag if self.alone else max(self.gather(flag))
+
+    def most(self, count: int) -> int:
+        """The largest of the processes' numbers."""
+        return count if self.alone else max(self.gather(count))
+
+
+_WORLD = World()
+_WATCH: _Watch | None = None
+
+
+def world() -> World:
+    """The world this process is in."""
+    return _WORLD
+
+
+def launched() -> bool:
+    """Whether torchrun (or something that sets its variables) has started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1") or "1") > 1
+
+
+def start_world() -> World:
+    """Join the others, if there are any. Called again, it changes nothing.
+
+    Raises ConfigError where torchrun's variables are incomplete or the others do not come.
+    """
+    global _WORLD, _WATCH
+    if not launched() or not _WORLD.alone:
+        return _WORLD
+    import torch
+
+    cuda, dist = torch.cuda.is_available(), _dist()
+    try:
+        rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if cuda:
+            torch.cuda.set_device(local)
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other variables that torchrun sets are missing or wrong ({error}); "
+            "start several processes with: torchrun --nproc-per-node N -m srppo …"
+        ) from None
+    except Exception as error:  # torch.distributed has many
+        raise ConfigError(f"the {os.environ.get('WORLD_SIZE')} processes did not find each other: {error}") from error
+    _WORLD = World(rank, size, local, local_size)
+    _WATCH = _Watch(_WORLD)
+    atexit.register(_leave)
+    return _WORLD
+
+
+def _dist() -> Any:
+    import torch.distributed
+
+    return torch.distributed
+
+
+def _leave() -> None:
+    """At the end of a process: part from the others, unless something went wrong and they may not answer."""
+    if _WATCH is not None and not _WATCH.over:
+        _WATCH.stop()
+        _dist().destroy_process_group()
+
+
+@contextmanager
+def world_of_run() -> Iterator[World]:
+    """The world for as long as a run is worked on: an error in one process ends all of them within seconds.
+
+    Ranks other than 0 say their error themselves, unless rank 0 has one too, which is then the one that counts.
+    """
+    here = start_world()
+    try:
+        yield here
+    except BaseException as error:
+        if _WATCH is not None:
+            rank = _WATCH.failed(error)
+            if isinstance(error, RuntimeError) and rank is not None:
+                raise LostProcess(f"stopped, as process {rank} has failed") from None
+            if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PARTED):
+                said = str(error).splitlines()[0]
+                raise LostProcess(
+                    f"another process of the run is gone: killed, out of memory, or not to be reached ({said}). Continue with --resume"
+                ) from None
+        raise
+
+
+class _Watch:
+    """Tells the others of an error in this process, and ends this one some seconds after an error in another.
+
+    It goes through the store in which the processes have met, on connections of its own: the process itself may hang in a collective.
+    """
+
+    def __init__(self, here: World):
+        self._here, self._over = here, threading.Event()
+        self.over = False
+        self._telling, self._looking = (self._connect() for _ in range(2))
+        threading.Thread(target=self._look, name="srppo-watch", daemon=True).start()
+
+    @staticmethod
+    def _connect() -> TCPStore:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store: TCPStore = _dist().TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        return store
+
+    def stop(self) -> None:
+        self.over = True
+        self._over.set()
+
+    def failed(self, error: BaseException) -> int | None:
+        """Tell the others. Of an error that rank 0 has too, `told` is set: it says it. Returns who failed before, if another did."""
+        if self.over:
+            return None
+        self.stop()
+        try:
+            earlier = int(self._telling.get("srppo/failed").decode().split()[0]) if self._telling.check(["srppo/failed"]) else None
+            if isinstance(error, RuntimeError) and earlier is not None:  # it follows from that one
+                return earlier
+            self._telling.set(f"srppo/failed/{self._here.rank}", "")
+            if earlier is None:
+                self._telling.set("srppo/failed", f"{self._here.rank} {getattr(error, 'exit_code', 1)}")
+            if not self._here.main:
+                time.sleep(LOOK_EVERY)
+                error.__dict__["told"] = earlier is not None or self._telling.check(["srppo/failed/0"])
+        except Exception:  # the store is gone, and with it whoever was to be told
+            pass
+        return None
+
+    def _look(self) -> None:
+        while not self._over.wait(LOOK_EVERY):
+            try:
+                if not self._looking.check(["srppo/failed"]):
+                    continue
+                rank, code = map(int, self._looking.get("srppo/failed").decode().split())
+            except Exception:
+                return  # the store is gone: torch.distributed's own errors say the rest
+            if self._over.wait(GRACE):
+                return
+            sys.stderr.write(f"srppo: stopped, as process {rank} has failed\n" if self._here.main else "")
+            sys.stderr.flush()
+            os._exit(code)
+
+
+def _sendable(result: tuple[bool, Any]) -> tuple[bool, Any]:
+    """An error of a class that cannot travel becomes a plain one."""
+    done, value = result
+    if done or isinstance(value, SrppoError):
+        return result
+    import pickle
+
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:
+        return False, LostProcess(f"{type(value).__name__}: {value}")
+    return result
+
+
+def deal(costs: Sequence[float], hands: int) -> list[list[int]]:
+    """Indices dealt so that the sums of their costs are nearly equal: the dearest first, each to the hand that has least so far
+    (Graham 1969, doi 10.1137/0117039: at most 4/3 of the best). Each hand is in ascending order."""
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    sums = [0.0] * hands
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        least = min(range(hands), key=lambda h: (sums[h], len(dealt[h]), h))
+        dealt[least].append(i)
+        sums[least] += costs[i]
+    return [sorted(hand) for hand in dealt]
