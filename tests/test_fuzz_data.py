@@ -247,6 +247,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Found by the tests above.
+def test_a_pair_of_empty_lists(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": [], "completion": []}\n')
+    data = build({"data": {"demonstrations": str(path)}}).data
+    with pytest.raises(DataError, match=r"no demonstration is left of 1\. Dropped, the conversation does not end with"):
+        load_demonstrations(data, CHATS["chatml"](), 0)
+
+
 def test_values_that_python_cannot_hold(tmp_path: Path) -> None:
     path = tmp_path / "d.parquet"
     columns = {"completion": pyarrow.array(["b"]), "prompt": pyarrow.array([-(2**31)], pyarrow.date32())}
@@ -264,6 +272,13 @@ def test_a_column_named_twice(tmp_path: Path, kind: str) -> None:
     else:
         path.write_bytes(arrow_bytes(table))
     with pytest.raises(DataError, match=r"the table names a column twice: x, x|Multiple matches for .*\(x\)"):
+        read_rows(str(path))
+
+
+def test_a_column_whose_name_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "d.arrow"
+    path.write_bytes(arrow_bytes(pyarrow.table({"text": ["x"]})).replace(b"text", b"\x80ext"))
+    with pytest.raises(DataError, match=r"d\.arrow: .*utf-8"):
         read_rows(str(path))
 
 

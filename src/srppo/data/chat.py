@@ -161,7 +161,7 @@ class ChatFormat:
         return Encoded(rendered.ids + response, mask, rendered, apart)
 
     def _encode_chat(self, messages: list[Message]) -> Encoded:
-        if messages[-1]["role"] != "assistant":
+        if not messages or messages[-1]["role"] != "assistant":
             raise Unusable("the conversation does not end with an assistant message")
         if not messages[-1]["content"].strip():
             raise Unusable("empty response")

@@ -140,7 +140,7 @@ def read_parquet(path: Path) -> Rows:
 
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, *_ODD) as error:
         raise DataError(f"not a readable parquet file: {error}", path) from error
     return _table_rows(table, path)
 
@@ -157,21 +157,24 @@ def read_arrow(path: Path) -> Rows:
                 mapped.seek(0)
                 table = pyarrow.ipc.open_file(mapped).read_all()
             return _table_rows(table, path)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, *_ODD) as error:
         raise DataError(f"not a readable arrow file: {error}", path) from error
+
+
+_ODD = (ValueError, OverflowError, KeyError, TypeError)  # a date beyond Python's, text that is no UTF-8: what Arrow says in other ways
 
 
 def _table_rows(table: Any, path: Path) -> Rows:
     """An Arrow table's rows. Its offsets are checked first: Arrow itself trusts them, and would read any memory they point to."""
     import pyarrow
 
-    names = table.column_names
-    if len(set(names)) != len(names):
-        raise DataError(f"the table names a column twice: {', '.join(names)}", path)
     try:
+        names = table.column_names
+        if len(set(names)) != len(names):
+            raise DataError(f"the table names a column twice: {', '.join(names)}", path)
         table.validate(full=True)
         rows = table.to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError) as error:  # a date beyond Python's, text that is no UTF-8
+    except (pyarrow.ArrowException, *_ODD) as error:
         raise DataError(f"holds values that cannot be read: {type(error).__name__}: {error}", path) from error
     return [(row, None, str(path)) for row in rows]
 
