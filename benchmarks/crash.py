@@ -362,9 +362,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", help="where the runs lie; by default a temporary folder")
     parser.add_argument("--output", default=str(RESULTS))
     given = parser.parse_args(arguments)
-    for name in LIBRARIES:
+    ours = {place.partition(":")[0] for places in PHASES.values() for place in places} | {"srppo.job", "srppo.cli"}
+    for name in [*LIBRARIES, *sorted(ours)]:  # now, so that all runs are of one version, and start quickly
         importlib.import_module(name)
-    importlib.import_module("srppo.job")
     with workplace(given.work) as folder:
         if given.recipe:
             cases = [Case(Path(file).stem, Path(file)) for file in given.recipe]
