@@ -56,6 +56,7 @@ PHASES = {
     "moving the start": ["srppo.diagnosis:_move"],
     "report": ["srppo.report:write_report"],
 }
+WEIGHTS = {"checkpoint writing": 2.0, "checkpoint dropping": 1.5, "model writing": 1.5, "stage outcome": 1.5}  # where most could go wrong
 LIBRARIES = (
     "datasets",
     "peft",
@@ -224,6 +225,7 @@ class Case:
     name: str
     recipe: Path
     right: dict[str, str] = field(default_factory=dict)  # fingerprint of the undisturbed run
+    typical: dict[str, list[float]] = field(default_factory=dict)  # seconds of each call, by phase
     seconds: float = 0.0  # that it took
     runs: int = 0
     most: int = 0  # kills of one run
@@ -278,22 +280,19 @@ def crash(cases: list[Case], folder: Path, kills: int, seed: int, say: Callable[
     """Kill runs of the cases in turn, until there were so many kills and the runs at hand have ended. Returns the result."""
     rng, told = random.Random(seed), Told()
     hit: Counter[str] = Counter()
-    typical: dict[str, list[float]] = {}
     for case in cases:
         began, times = time.monotonic(), folder / "times.json"
         run = folder / f"{case.recipe.stem}-undisturbed"
         if wait(start(case.recipe, run, told, times)):
             raise SystemExit(f"{case.name}: the undisturbed run failed; see {run}.log")
         case.seconds, case.right = time.monotonic() - began, fingerprint(run)
-        for phase, spent in json.loads(times.read_text()).items():
-            typical.setdefault(phase, []).extend(spent)
+        case.typical = json.loads(times.read_text())
         say(f"{case.name}: undisturbed {case.seconds:.1f} s")
         shutil.rmtree(run)
-    aims = [phase for phase in PHASES if phase in typical]
     aimed: Counter[str] = Counter()
     while hit.total() < kills:
         for case in cases:
-            killed = _one_run(case, folder, told, rng, hit, aimed, aims, typical, kills)
+            killed = _one_run(case, folder, told, rng, hit, aimed, kills)
             say(f"{case.name}: run {case.runs}, killed {killed} times, {len(case.differences)} differences")
     return {
         "kills": hit.total(),
@@ -315,8 +314,6 @@ def _one_run(
     rng: random.Random,
     hit: Counter[str],
     aimed: Counter[str],
-    aims: list[str],
-    typical: dict[str, list[float]],
     kills: int,
 ) -> int:
     """One run from its beginning to its end, killed on the way; how often."""
@@ -326,10 +323,10 @@ def _one_run(
             if code := wait(start(case.recipe, run, told)):
                 raise SystemExit(f"{case.name}: a resumed run failed with exit code {code}; see {run}.log")
             break
-        phase = min(aims, key=lambda p: (hit[p] + aimed[p] / 4, rng.random()))
+        phase = min(sorted(case.typical), key=lambda p: ((hit[p] + aimed[p] / 4) / WEIGHTS.get(p, 1.0), rng.random()))
         aimed[phase] += 1  # some phases never come again in what is left of a run
         nth = 1 if phase in ("loading", "report") else rng.randint(1, 3)
-        delay = rng.random() * rng.choice(typical[phase])
+        delay = rng.random() * rng.choice(case.typical[phase])
         try:
             where = kill_in(start(case.recipe, run, told), told, phase, nth, delay)
         except SystemExit as error:
@@ -365,9 +362,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", help="where the runs lie; by default a temporary folder")
     parser.add_argument("--output", default=str(RESULTS))
     given = parser.parse_args(arguments)
-    for name in LIBRARIES:
+    ours = {place.partition(":")[0] for places in PHASES.values() for place in places} | {"srppo.job", "srppo.cli"}
+    for name in [*LIBRARIES, *sorted(ours)]:  # now, so that all runs are of one version, and start quickly
         importlib.import_module(name)
-    importlib.import_module("srppo.job")
     with workplace(given.work) as folder:
         if given.recipe:
             cases = [Case(Path(file).stem, Path(file)) for file in given.recipe]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from srppo import stages as stages_module
 from srppo.errors import ConfigError
 from srppo.train import continued as continued_module
 from srppo.train import ppo as ppo_module
@@ -18,9 +20,12 @@ from tiny_job import StopAt, metrics, run, tiny_job, weights, without_clock
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_stopped_run_resumes_exactly(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tiny_job(tmp_path, "llama", kind, output=str(tmp_path / "whole"), reward__kl_target=0.5)
+    changes: dict[str, Any] = {"reward__kl_target": 0.5}
+    if kind == "lora":  # dropout draws anew, and the broken run's checkpoints are written by a thread
+        changes["tuning__lora_dropout"] = 0.2
+    whole = tiny_job(tmp_path, "llama", kind, output=str(tmp_path / "whole"), **changes)
     run(whole)
-    broken = tiny_job(tmp_path, "llama", kind, output=str(tmp_path / "broken"), reward__kl_target=0.5)
+    broken = tiny_job(tmp_path, "llama", kind, output=str(tmp_path / "broken"), background_checkpoints=kind == "lora", **changes)
     stops = 0
     for at in (8, 25, 40):  # in SFT, in a rollout, in a later round
         monkeypatch.setattr("srppo.workspace.Interrupt", lambda at=at: StopAt(at))
@@ -106,3 +111,33 @@ def test_critic_free_runs_resume_exactly_and_write_no_critic(tmp_path: Path, mon
     assert not (tmp_path / "whole/critic").exists() and "loss/value_avg" not in metrics(whole.output)[-1]
     with pytest.raises(ConfigError, match="samples_per_prompt"):
         tiny_job(tmp_path, ppo__baseline="group", ppo__samples_per_prompt=1)
+
+
+class Over(Exception):
+    """The test has seen enough."""
+
+
+def test_a_process_that_is_killed_counts_for_all_but_its_last_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the run cost is noted while a stage goes on, and the next process adds to it."""
+    config, file = tiny_job(tmp_path, diagnose__enabled=False), tmp_path / "run/elapsed.json"
+    monkeypatch.setattr("srppo.workspace.NOTED_EVERY", 0.01)
+    noted: list[dict[str, Any]] = []
+
+    def look(*_: Any, **__: Any) -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            noted.append(json.loads(file.read_text()) if file.exists() else {})
+            if noted[-1].get("stages", {}).get("sft", {}).get("seconds", 0) > (0 if len(before) == 0 else before[-1]):
+                break
+            time.sleep(0.01)
+        raise Over
+
+    monkeypatch.setattr(stages_module, "train_sft", look)
+    before: list[float] = []
+    for resume in (False, True):
+        with pytest.raises(Over):
+            run(config, resume=resume)
+        cost = noted[-1]
+        assert cost["stages"]["sft"]["seconds"] > 0 and cost["seconds"] >= cost["stages"]["sft"]["seconds"]
+        before.append(json.loads(file.read_text())["stages"]["sft"]["seconds"])
+    assert before[1] > before[0]

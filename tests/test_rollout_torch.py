@@ -257,6 +257,16 @@ def test_nothing_to_do_and_prompt_index_and_progress(llama: PreTrainedModel) -> 
     assert done == sorted(set(done)) and done[-1] == 10 and len(done) > 3 and {t for _, t in seen} == {10}
 
 
+@pytest.mark.parametrize("refill", [True, False])
+def test_progress_is_told_though_no_row_ends(refill: bool, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a stop is taken within a second, not when the first of many long rows ends."""
+    monkeypatch.setattr("srppo.rollout.torch_engine.TOLD_EVERY", 0.0)
+    seen: list[int] = []
+    engine = TorchEngine(Special(eos_ids=(VOCAB + 1,)), 4, refill=refill)  # which is never drawn
+    engine.generate(llama, [[20], [21, 22]], [0, 1], Sampling(12), on_progress=lambda done, _: seen.append(done))
+    assert seen.count(0) >= 5 and seen[-1] == 2
+
+
 def test_prompts_that_do_not_fit(llama: PreTrainedModel) -> None:
     engine = TorchEngine(Special(), 4)
     with pytest.raises(DataError, match="prompt 1 has no tokens"):
