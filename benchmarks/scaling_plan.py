@@ -39,7 +39,7 @@ COMMON = {
     "rollout.batch_size": 128,
     "rollout.max_new_tokens": 1024,
 }
-MIXED = {"model.dtype": "float32", "model.autocast": "bfloat16", "model.frozen_dtype": "bfloat16"}
+MIXED = {"model.dtype": "float32", "model.autocast": "bfloat16", "model.frozen_dtype": "bfloat16", "rollout.batch_size": 32}
 HALF = {"model.dtype": "bfloat16"}
 LORA = {"tuning.kind": "lora", **HALF}
 SERVED = {"rollout.engine": "vllm", "rollout.server": "http://HOST:8000"}
@@ -58,10 +58,11 @@ class Case:
 
 
 FULL, FULL_70, LORA_70 = "full, float32 and autocast", "full, float32 and autocast, servers", "LoRA, servers"
-SMALLER = {"ppo.micro_batch_tokens": 2048, "rollout.batch_size": 32, "evaluation.batch_size": 32}
+FITTED, AWAY = {"tuning.critic": "least_squares"}, {"model.offload_frozen": True}
+SMALLER = {"ppo.micro_batch_tokens": 1536, "rollout.batch_size": 16, "evaluation.batch_size": 16}
 ONE_CARD = [
     Case("8B", "LoRA", LORA),
-    Case("8B", "LoRA, critic fitted", LORA | {"tuning.critic": "least_squares"}),
+    Case("8B", "LoRA, critic fitted", LORA | FITTED),
     Case("8B", "full, bfloat16", HALF | SMALLER),
     Case(
         "8B",
