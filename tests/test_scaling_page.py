@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from benchmarks.scaling_plan import MANY, ONE_CARD, PAGE, TABLES, line
 
-ROOT = Path(__file__).resolve().parents[1]
+LARGE = next(i for i, c in enumerate(MANY) if (c.model, c.nodes) == ("70B", 8))
 
 
 @pytest.mark.parametrize(
