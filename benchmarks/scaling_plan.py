@@ -39,7 +39,7 @@ COMMON = {
     "rollout.batch_size": 128,
     "rollout.max_new_tokens": 1024,
 }
-MIXED = {"model.dtype": "float32", "model.autocast": "bfloat16", "model.frozen_dtype": "bfloat16"}
+MIXED = {"model.dtype": "float32", "model.autocast": "bfloat16", "model.frozen_dtype": "bfloat16", "rollout.batch_size": 32}
 HALF = {"model.dtype": "bfloat16"}
 LORA = {"tuning.kind": "lora", **HALF}
 SERVED = {"rollout.engine": "vllm", "rollout.server": "http://HOST:8000"}
@@ -58,10 +58,11 @@ class Case:
 
 
 FULL, FULL_70, LORA_70 = "full, float32 and autocast", "full, float32 and autocast, servers", "LoRA, servers"
-SMALLER = {"ppo.micro_batch_tokens": 2048, "rollout.batch_size": 32, "evaluation.batch_size": 32}
+FITTED, AWAY = {"tuning.critic": "least_squares"}, {"model.offload_frozen": True}
+SMALLER = {"ppo.micro_batch_tokens": 1536, "rollout.batch_size": 16, "evaluation.batch_size": 16}
 ONE_CARD = [
     Case("8B", "LoRA", LORA),
-    Case("8B", "LoRA, critic fitted", LORA | {"tuning.critic": "least_squares"}),
+    Case("8B", "LoRA, critic fitted", LORA | FITTED),
     Case("8B", "full, bfloat16", HALF | SMALLER),
     Case(
         "8B",
@@ -79,8 +80,20 @@ MANY = [
     *(Case("70B", LORA_70, LORA | SERVED, 8, n) for n in NODES),
     *(Case("70B", FULL_70, MIXED | SERVED, 8, n) for n in NODES[1:]),
 ]
+ALL_8 = f"{FULL}, shard_size 8"
 BORDER = [
-    Case("8B", FULL, MIXED, 8, nodes, network) for nodes, network in ((1, None), (4, None), (4, 800.0), (4, 100.0), (32, None), (32, 800.0))
+    Case("8B", words, changes, 8, nodes, network)
+    for words, changes, nodes, network in (
+        (FULL, MIXED, 1, None),
+        (FULL, MIXED, 4, None),
+        (FULL, MIXED, 32, None),
+        (FULL, MIXED, 4, 800.0),
+        (FULL, MIXED, 4, 100.0),
+        (ALL_8, MIXED | {"parallel.shard_size": 8}, 4, 800.0),
+        (ALL_8, MIXED | {"parallel.shard_size": 8}, 4, 100.0),
+        ("LoRA", LORA, 4, 100.0),
+        ("LoRA, shard_size 8", LORA | {"parallel.shard_size": 8}, 4, 100.0),
+    )
 ]
 
 
@@ -124,7 +137,7 @@ def border(case: Case) -> list[str]:
     p = plan(case)
     words = [f"{h.needed:,.0f} of {h.there:,.0f}" for h in (p.hidden["scoring"], p.hidden["update"])]
     network = "NVLink alone" if case.nodes == 1 else f"{8 * p.machine.links.between / 0.8 / 1e9:,.0f} Gbit/s"
-    return [str(p.processes.size), network, *words, duration_of(p.times.round)]
+    return [case.words, str(p.processes.size), network, *words, duration_of(p.times.round)]
 
 
 def failures(case: Case) -> list[str]:
@@ -150,7 +163,7 @@ TABLES: dict[str, tuple[Sequence[str], Row, list[Case]]] = {
         many,
         MANY,
     ),
-    "border": (["GPUs", "network of a machine", "scoring: tokens", "update: tokens", "a round"], border, BORDER),
+    "border": (["tuning", "GPUs", "network of a machine", "scoring: tokens", "update: tokens", "a round"], border, BORDER),
     "failures": (
         ["model", "GPUs", "between failures", "checkpoint", "written in", "best interval", "`ppo.checkpoint_every`", "lost"],
         failures,

@@ -146,6 +146,13 @@ def test_checkpointing_keeps_one_state_a_layer() -> None:
     assert kept == 2 * 24 * 64 * 4
 
 
+def test_autocast_with_checkpointing_holds_no_second_copy_of_the_weights() -> None:
+    work = Pass(1, 4, 2, train=True, checkpointing=True, autocast="bfloat16")
+    few, many = (footprint(llama(n), work) for n in (4, 8))
+    layer = llama(4).counts.layers // 4
+    assert many.kept - few.kept < 4 * layer * 2 / 8  # four layers more; in bfloat16 they would be 2 bytes a weight
+
+
 def test_extrapolation_is_a_line() -> None:
     one, two = Footprint(10, 12, 14, 16, 5), Footprint(20, 22, 24, 26, 5)
     assert extrapolate(one, two, 3) == Footprint(40, 42, 44, 46, 5, extrapolate(one, two, 3).operations)

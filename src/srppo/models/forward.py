@@ -63,8 +63,12 @@ def token_scores(
 
 
 def autocasting(device: torch.device, autocast: str) -> AbstractContextManager[object]:
-    """The context of config.model.autocast: "none" or "bfloat16"."""
-    return nullcontext() if autocast == "none" else torch.autocast(device.type, dtype=torch.bfloat16)
+    """The context of config.model.autocast: "none" or "bfloat16".
+
+    Without autocast's cache, which would hold a bfloat16 copy of every trained weight until the pass is over: a pass uses a weight once,
+    and with gradient checkpointing, or weights spread over processes, its copy can go with its layer.
+    """
+    return nullcontext() if autocast == "none" else torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 def _predicting(run: _Run, model: PreTrainedModel, batch: TokenBatch) -> Tensor:
