@@ -22,6 +22,7 @@ from srppo.train import checkpoint as module
 from srppo.train import checkpoint_storage as storage
 from srppo.train.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, load_latest, save_checkpoint, saved_steps
 from srppo.train.saver import Saver
+from test_input_faults import mounted
 
 
 def content(step: int) -> Checkpoint:
@@ -149,6 +150,28 @@ def test_a_file_that_the_system_refuses_to_let_grow(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert "checkpoint-2: the checkpoint could not be written" in done.stdout and "File too large" in done.stdout, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"] and load_checkpoint(tmp_path, 1).step == 1
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    program = """
+        import torch
+        from srppo.errors import RunFolderError
+        from srppo.train.checkpoint import Checkpoint, load_latest, save_checkpoint
+
+        def content(step):
+            return Checkpoint(step, {"policy": {"w": torch.ones(100)}, "optimizer": {"w": torch.ones(30_000)}}, {})
+
+        for step in (1, 2, 3, 4):
+            try:
+                save_checkpoint(place / "ppo", content(step), keep=3)
+            except RunFolderError as error:
+                print("said:", error)
+        print("left:", sorted(p.name for p in (place / "ppo").iterdir()), load_latest(place / "ppo", warn=print).step)
+    """
+    done = mounted(tmp_path, "300k", program)
+    for step in (3, 4):
+        assert f"checkpoint-{step}: the checkpoint could not be written ([Errno 28] No space left" in done.stdout, done.stderr
+    assert "left: ['checkpoint-1', 'checkpoint-2'] 2" in done.stdout
 
 
 def test_ctrl_c_while_writing_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from srppo.rollout.engine import Sampling
 from srppo.rollout.torch_engine import TorchEngine
 from srppo.run_folder import RunFolder
 from srppo.train import guard as guard_module
+from srppo.train.checkpoint_state import read_state, state_text
 from srppo.train.compute import Compute
 from srppo.train.guard import Guard
 from srppo.train.interrupt import Interrupted
@@ -181,10 +182,10 @@ def test_a_run_begun_without_a_guard_goes_on_without(tmp_path: Path) -> None:
     config = job(tmp_path)
     with pytest.raises(Interrupted):
         ppo(config, stop_at=12)
-    for state in (tmp_path / "run/checkpoints/ppo").glob("*/state.json"):
-        content = json.loads(state.read_text())
-        del content["guard"]
-        state.write_text(json.dumps(content))
+    for path in (tmp_path / "run/checkpoints/ppo").iterdir():
+        content = read_state(path)
+        del content["state"]["guard"]
+        (path / "state.json").write_bytes(state_text(content))
     _, ended = ppo(config, resume=True)
     assert ended.guard is None and ended.iteration == 4 and "guard/criterion" not in records(config)[-1]
 

@@ -15,6 +15,7 @@ ROOT = Path(srppo.__file__).parent
 # From the ground up. A module may import its own layer and those below. The longest matching name decides.
 LAYERS = {
     "errors": 0,
+    "memory_limit": 2,
     "world": 0,
     "yaml_text": 0,
     "section": 0,

@@ -105,6 +105,21 @@ def test_the_same_weights(one: str, two: str, done: Path) -> None:
             assert float((ours[name] - theirs[name]).abs().max()) < 3e-4, (part, name)  # AdamW's first steps go by the gradient's sign
 
 
+def test_copies_of_two_processes_each(tmp_path: Path) -> None:
+    """HSDP: four processes, a copy of the weights between each two."""
+    short: dict[str, Any] = {"diagnose__enabled": False, "guard__every": 0, "ppo__iterations": 1, "evaluation__continued_sft": False}
+    run(tiny_job(tmp_path, output=str(tmp_path / "one"), **short))
+    changes = short | {"parallel__shard_size": 2}
+    job = {"folder": str(tmp_path), "kind": "full", "output": str(tmp_path / "four"), "changes": changes}
+    result = launch([job], tmp_path, processes=4)
+    assert result.returncode == 0, result.stderr[-4000:]
+    for part in ("sft", "policy", "critic"):
+        ours, theirs = weights(tmp_path / "one" / part), weights(tmp_path / "four" / part)
+        assert all(float((ours[name] - theirs[name]).abs().max()) < 3e-4 for name in ours)
+    norms = [[r["policy/grad_norm"] for r in metrics(tmp_path / name)] for name in ("one", "four")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
 def test_the_card_is_made_by_all(done: Path) -> None:
     one, two = (json.loads((done / name / "diagnose.json").read_text()) for name in ("one-full", "two-full"))
     assert one["verdict"] == two["verdict"] and one["decision"]["start"] == two["decision"]["start"]

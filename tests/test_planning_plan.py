@@ -61,7 +61,9 @@ def test_full_tuning_holds_four_models_and_two_optimizers(folder: Path) -> None:
     assert sums(update, "optimizer") == 8 * (counts.total + counts.trunk)
     assert sums(update, "gradients") == 4 * counts.total
     assert sums(phase(plan, "critic update"), "gradients") == 4 * counts.trunk
-    assert sums(phase(plan, "ppo checkpoint"), "checkpoint copy") == 12 * (counts.total + counts.trunk)
+    assert not sums(phase(plan, "ppo checkpoint"), "checkpoint copy")  # a tensor is written after the other
+    background = phase(plan_of(folder, background_checkpoints=True), "ppo checkpoint")
+    assert sums(background, "checkpoint copy") == 12 * (counts.total + counts.trunk)
     half = phase(plan_of(folder, model__frozen_dtype="bfloat16"), "policy update")
     assert sums(update, "weights") - sums(half, "weights") == 2 * 2 * counts.total
 

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -25,6 +24,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from srppo.cli import cli
 from srppo.config import RunConfig, dump
 from srppo.errors import ConfigError
+from srppo.models.sharding import Sharding, gathered, run_on
 from srppo.planning.architecture import Architecture, read_architecture
 from srppo.planning.dryrun import Footprint
 from srppo.planning.inputs import Lengths, Settings, changed, read_settings
@@ -143,10 +143,14 @@ def pretended(size: int, replicas: int = 1) -> Iterator[Any]:
 
 
 def spread(model: Any, mesh: Any) -> Any:
-    for part in [*model.get_decoder().layers, model]:
-        fully_shard(part, mesh=mesh)
-        part.set_gradient_divide_factor(1.0)
-    return model
+    return Sharding(mesh, torch.device("cpu"), False).shard(model.train())
+
+
+def states(model: Any) -> torch.Tensor:
+    """What a pass over eight tokens ends with: of a model its logits, of a trunk its states."""
+    trunk = model.get_decoder() if hasattr(model, "lm_head") else model
+    found: torch.Tensor = trunk(torch.zeros(1, 8, dtype=torch.int64), use_cache=False).last_hidden_state
+    return model.lm_head(found) if trunk is not model else found
 
 
 def model_of(architecture: Architecture) -> Any:
@@ -167,37 +171,43 @@ def by_kind(found: list[Flow]) -> tuple[Counter[str], Counter[str]]:
 
 
 @pytest.mark.parametrize(("size", "replicas"), [(2, 1), (8, 1), (8, 2)])
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_training_step_sends_what_fsdp_sends(size: int, replicas: int, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("role", ["policy", "tied policy", "critic"])
+def test_a_training_step_sends_what_fsdp_sends(size: int, replicas: int, role: str, tmp_path: Path) -> None:
     """Two steps of three micro-batches."""
-    architecture = Architecture(CONFIG_MAPPING["llama"](**SHAPE | {"tie_word_embeddings": tied}))
+    architecture = Architecture(CONFIG_MAPPING["llama"](**SHAPE | {"tie_word_embeddings": role.startswith("tied")}))
     settings = settings_of(tmp_path)
     with pretended(size, replicas) as mesh, counted(Traffic()) as traffic:
-        model = spread(model_of(architecture), mesh)
+        whole = model_of(architecture)
+        model = spread(whole.get_decoder() if role == "critic" else whole, mesh)
         traffic.take()
         for _ in range(6):
-            model(torch.zeros(1, 8, dtype=torch.int64)).logits.sum().backward()
+            run_on(model, states).sum().backward()
     network = Network(describe(architecture, settings), settings, Processes(size, size, size // replicas), LINKS)
-    sent, calls = by_kind(network.training("update", "policy", 2, 3))
-    assert (sent, calls) == (traffic.bytes, traffic.calls)
+    assert by_kind(network.training("update", role.split()[-1], 2, 3)) == (traffic.bytes, traffic.calls)
 
 
 def test_scoring_sends_what_fsdp_sends(tmp_path: Path) -> None:
-    """Base, SFT and critic, two micro-batches each, the weights put back after each."""
+    """Base, SFT and critic, two micro-batches each."""
     architecture, settings = Architecture(CONFIG_MAPPING["llama"](**SHAPE)), settings_of(tmp_path)
     with pretended(4) as mesh, counted(Traffic()) as traffic, torch.no_grad():
-        models = [spread(model_of(architecture), mesh) for _ in range(2)]
-        trunk = model_of(architecture).get_decoder()
-        for part in [*trunk.layers, trunk]:
-            fully_shard(part, mesh=mesh)
+        models = [spread(m, mesh) for m in (model_of(architecture), model_of(architecture), model_of(architecture).get_decoder())]
         traffic.take()
-        for model in [*models, trunk] * 2:
-            model(torch.zeros(1, 8, dtype=torch.int64))
-            for part in model.modules():
-                if isinstance(part, FSDPModule):
-                    part.reshard()
+        for model in models * 2:
+            run_on(model, states)
     network = Network(describe(architecture, settings), settings, Processes(4, 4, 4), LINKS)
     assert by_kind(network.scoring(2)) == (traffic.bytes, traffic.calls)
+
+
+def test_a_rollout_gathers_the_policy_once(tmp_path: Path) -> None:
+    architecture, settings = Architecture(CONFIG_MAPPING["llama"](**SHAPE)), settings_of(tmp_path)
+    with pretended(4) as mesh, counted(Traffic()) as traffic, torch.no_grad():
+        model = spread(model_of(architecture), mesh)
+        traffic.take()
+        with gathered(model):
+            for _ in range(3):
+                states(model)
+    weights = Network(describe(architecture, settings), settings, Processes(4, 4, 4), LINKS).rollout(LENGTHS)[0]
+    assert by_kind([weights]) == (traffic.bytes, traffic.calls)
 
 
 def test_with_whole_copies_gradients_alone_are_summed_once_a_step(tmp_path: Path) -> None:
@@ -217,15 +227,12 @@ def test_lora_gathers_the_base_and_sums_adapters(tmp_path: Path) -> None:
     network = Network(model, settings, Processes(4, 4, 4), LINKS)
     gathered, summed = network.training("update", "policy", 5, 3)
     assert gathered.bytes == 15 * 3 / 4 * 4 * (n + inner) and gathered.calls == 15 * (7 + 6)
-    assert summed.bytes == 5 * 2 * 3 / 4 * 4 * model.adapter and summed.calls == 5
+    assert summed.bytes == 5 * 2 * 3 / 4 * 4 * model.adapter and summed.calls == 10
     (word,) = network.scoring(2)
-    assert word.bytes == 2 * 3 * 3 / 4 * 4 * n  # base, sft and critic
-    few = replace(settings, lora_layers=2)
+    assert word.bytes == 2 * 3 * 3 / 4 * 4 * n and word.calls == 2 * 3 * 7  # base, sft and critic
+    few = replace(settings, lora_layers=2, alone=False)
     above = Network(describe(architecture, few), few, Processes(4, 4, 4), LINKS)
-    root = n - inner
-    assert above.training("update", "policy", 1, 1)[0].bytes == 3 / 4 * 4 * (root + 2 * inner // 3)
-    assert above.training("sft", "sft", 1, 1)[0].bytes == 3 / 4 * 4 * (root + inner + inner // 3)  # keeps no states of the layers below
-    assert above.scoring(1)[0].bytes == 3 / 4 * 4 * (3 * (root + inner // 3) + root + 2 * inner // 3)
+    assert above.training("update", "policy", 1, 1)[0].bytes == 3 / 4 * 4 * (n + inner // 3)  # back to the first adapter
 
 
 def test_what_a_rollout_moves(tmp_path: Path) -> None:
@@ -234,7 +241,7 @@ def test_what_a_rollout_moves(tmp_path: Path) -> None:
     n, rows = model.counts.total, settings.rollouts
     weights, records, columns = Network(model, settings, p, LINKS).rollout(LENGTHS)
     assert weights.bytes == 3 * n and weights.calls == 7
-    assert records.bytes == 3 / 4 * rows * 24 * 12
+    assert records.bytes == 3 / 4 * rows * 24 * 12  # to the longest
     assert columns.bytes == 2 * 3 / 4 * 3 * rows * 24 * 4  # base, sft and critic
     served = replace(settings, engine="server")
     assert {(f.what, f.bytes) for f in Network(model, served, p, LINKS).rollout(LENGTHS)} >= {("policy: to the servers", 4 * n)}
@@ -339,16 +346,15 @@ class Alive(TorchDispatchMode):
 @pytest.mark.parametrize("vocabulary", [64, 2048])
 @pytest.mark.parametrize("train", [False, True])
 def test_in_flight_is_what_fsdp_holds(vocabulary: int, train: bool, tmp_path: Path) -> None:
-    """A pass of two tokens, whose activations are nothing, with every storage counted while it lives."""
+    """A pass of eight tokens, whose activations are nothing, with every storage counted while it lives."""
     shape = SHAPE | {"hidden_size": 128, "intermediate_size": 512, "vocab_size": vocabulary}
     architecture, settings = Architecture(CONFIG_MAPPING["llama"](**shape)), settings_of(tmp_path)
     model, p = describe(architecture, settings), Processes(8, 8, 8)
     with pretended(8) as mesh:
         real = spread(model_of(architecture), mesh)
-        ids = torch.zeros(1, 2, dtype=torch.int64)
         known = {q.to_local().untyped_storage()._cdata for q in real.parameters()} | {b.untyped_storage()._cdata for b in real.buffers()}
         with Alive(known) as alive, torch.set_grad_enabled(train):
-            out = real(ids).logits.sum()
+            out = run_on(real, states).sum()
             if train:
                 out.backward()
     work, micros = planned_passes(settings, LENGTHS, False, p)

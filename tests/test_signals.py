@@ -1,4 +1,4 @@
-"""Ctrl-C at a real run: a process that gets SIGINT saves, says how to go on, and ends later as if nothing had happened."""
+"""Ctrl-C and SIGTERM at a real run: the process saves, says how to go on, and ends later as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def recorded(folder: Path, stage: str) -> list[dict[str, Any]]:
     return [r for r in records if r["stage"] == stage and ("loss" in r or "iteration" in r)]
 
 
-def interrupted(process: subprocess.Popen[str], folder: Path, stage: str) -> str:
-    """Send SIGINT as soon as the stage has a record, and return what the process says."""
+def interrupted(process: subprocess.Popen[str], folder: Path, stage: str, number: signal.Signals) -> str:
+    """Send a signal as soon as the stage has a record, and return what the process says."""
     end = time.monotonic() + PATIENCE
     try:
         while not recorded(folder, stage):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < end, f"no record of {stage}"
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors  # as a shell counts
     return errors
 
 
@@ -63,10 +63,10 @@ def test_a_run_that_was_interrupted_twice_ends_as_one_that_was_not(tmp_path: Pat
         recipes[name].write_text(dump(config), encoding="utf-8")
     cut, whole = tmp_path / "cut", tmp_path / "whole"
 
-    said = interrupted(align(recipes["cut"]), cut, "sft")
+    said = interrupted(align(recipes["cut"]), cut, "sft", signal.SIGINT)
     assert "stopped after SFT step" in said and "--resume" in said and "Traceback" not in said
     assert 0 < len(recorded(cut, "sft")) < STEPS and not recorded(cut, "ppo")
-    said = interrupted(align(recipes["cut"], "--resume"), cut, "ppo")
+    said = interrupted(align(recipes["cut"], "--resume"), cut, "ppo", signal.SIGTERM)  # a scheduler's pre-emption
     assert "--resume" in said and "Traceback" not in said
     assert 0 < len(recorded(cut, "ppo")) < ROUNDS and not (cut / "summary.json").exists()
 

@@ -36,17 +36,29 @@ class Commands(click.Group):
         except SrppoError as error:
             if ctx.meta.get("debug"):
                 raise
-            if not getattr(error, "told", False):  # by rank 0, of several processes
+            if _speaks(error):
                 click.echo(f"srppo: {_process()}{clean(str(error))}", err=True)  # it may quote data, and what a user's scorer said
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as error:
-            click.echo("\n" + after_interrupt(ctx.meta.get("output")), err=True)
+            if _speaks(error):
+                click.echo("\n" + after_interrupt(ctx.meta.get("output")), err=True)
             ctx.exit(TERMINATED if type(error).__name__ == "Terminated" else INTERRUPTED)  # whose module is slow to load
+
+
+def _speaks(error: BaseException) -> bool:
+    """Whether this process is to tell of an error: of several, those that have not met yet have it alike, so one a machine does."""
+    from srppo.world import launched, world
+
+    if launched() and world().alone:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    return not getattr(error, "told", False)  # by rank 0
 
 
 def _process() -> str:
     """Which of several processes speaks, where it is not the first."""
-    rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE") or 1) > 1 else "0"
+    from srppo.world import launched
+
+    rank = os.environ.get("RANK", "0") if launched() else "0"
     return "" if rank == "0" else f"process {rank}: "
 
 

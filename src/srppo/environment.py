@@ -9,6 +9,8 @@ import platform
 import sys
 from typing import Any
 
+from srppo.world import world
+
 PACKAGES = ("srppo", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "pydantic", "numpy")
 
 
@@ -35,6 +37,8 @@ def hardware() -> dict[str, Any]:
     out: dict[str, Any] = {"cpu": model, "cores": cores}
     with contextlib.suppress(ValueError, OSError, AttributeError):
         out["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    if (here := world()).size > 1:
+        out["processes"] = here.size
     torch = sys.modules.get("torch")
     if torch is not None:
         out["threads"] = torch.get_num_threads()

@@ -211,7 +211,7 @@ class RunFolder:
 
         Records of other stages stay. -1 forgets the whole stage.
         """
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl") if world().main else ():
             if self.has(name):
                 records = read_lines(self.path / name)
                 kept = [r for r in records if r.get("stage") != stage or r.get("iteration", r.get("step", 0)) <= iteration]

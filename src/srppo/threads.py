@@ -14,6 +14,7 @@ from typing import Any
 
 from srppo.machine import Machine, Reading, Spell, between, look, read
 from srppo.progress import Progress, Stage
+from srppo.world import world
 
 WINDOW = 10.0  # seconds of a run that are judged together
 WAITED_SHARE = 0.2  # of the time that threads wanted a core: above it they are in each other's way
@@ -62,6 +63,9 @@ def set_threads(wanted: int | None) -> str:
     settled = wanted if wanted is not None else os.environ.get("OMP_NUM_THREADS")
     machine = Machine(1) if str(settled) == "1" else look()
     count, reason = choose_threads(wanted, machine)
+    if settled is None and (processes := world().local_size) > 1:
+        count = max(1, count // processes)
+        reason += f", shared by {processes} processes: {count} each"
     torch.set_num_threads(count)
     return reason
 

@@ -21,6 +21,7 @@ from srppo.data.prompts import PromptSet, load_prompts
 from srppo.data.report import data_summary
 from srppo.data.sources import read_rows
 from srppo.errors import ConfigError, DataError, RunFolderError
+from srppo.memory_limit import limits
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles, build_roles
 from srppo.outcomes import read_elapsed
@@ -227,6 +228,7 @@ def _load(config: RunConfig, progress: Progress, judging: bool) -> Loaded:
     if scorer and judged_prompts:
         scorer("", judged_prompts[0].fields)  # a scorer that misses a field says so now, not after hours
     _try_roles(config, roles)
+    limits.begin(progress.warn, apart=not roles.spread)
     sizes = (config.rollout.batch_size, evaluation.batch_size)
     fast = {"cuda_graphs": config.rollout.cuda_graphs, "merge_adapters": config.rollout.merge_adapters}
     own, card_engine = (TorchEngine(roles.special, rows, config.model.autocast, **fast) for rows in sizes)

@@ -140,7 +140,7 @@ def world() -> World:
 
 def launched() -> bool:
     """Whether torchrun (or something that sets its variables) has started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1") or "1") > 1
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
 def start_world() -> World:

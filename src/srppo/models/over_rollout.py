@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 
 from srppo.masking import rollout_batch, token_chunks, unflatten
+from srppo.memory_limit import limits
 from srppo.models.roles import Roles
 from srppo.records import Prefix, Rollout, TokenBatch
 from srppo.world import deal, world
+
+KEY = "ppo.micro_batch_tokens"
 
 
 def rollout_tokens(rollout: Rollout) -> int:
     """Prompt and response tokens of all rows: what one pass over the rollout costs."""
     return sum(len(p) for p in rollout.prompt_ids) + int(rollout.mask.sum())
+
+
+def longest(rollout: Rollout) -> int:
+    """Prompt and response tokens of the longest row."""
+    return max((len(p) + n for p, n in zip(rollout.prompt_ids, rollout.lengths.tolist())), default=1)
 
 
 def padding_tokens(roles: Roles, rollout: Rollout, tokens: int, rows: list[int] | None = None) -> int:
@@ -82,10 +90,14 @@ def over_rollout(
     Each process works on its share of the rows, and all get all.
     """
     out = torch.zeros(rollout.mask.shape)
-    for rows, batch in own_batches(roles, rollout, tokens, prefixes):
-        said = word(batch)
-        if rows:
-            out[rows] = unflatten(said.detach().float().cpu(), rollout.mask[rows])
+
+    def run(size: int) -> None:
+        for rows, batch in own_batches(roles, rollout, size, prefixes):
+            said = word(batch)
+            if rows:
+                out[rows] = unflatten(said.detach().float().cpu(), rollout.mask[rows])
+
+    limits.within(KEY, tokens, longest(rollout), run)
     return world().sum_(out)
 
 
@@ -104,8 +116,9 @@ def logprobs_and_states(
     """
     out, states = torch.zeros(rollout.mask.shape), [torch.empty(0)] * len(rollout.prompt_ids)
     lengths = rollout.lengths
-    with roles.use(role):
-        for rows, batch in own_batches(roles, rollout, tokens, prefixes):
+
+    def run(size: int) -> None:
+        for rows, batch in own_batches(roles, rollout, size, prefixes):
             scores = roles.score(role, batch, states=True)
             assert scores.states is not None
             if not rows:
@@ -113,4 +126,7 @@ def logprobs_and_states(
             out[rows] = unflatten(scores.logprobs.float().cpu(), rollout.mask[rows])
             for row, own in zip(rows, scores.states.split(lengths[rows].tolist())):
                 states[row] = own.clone()  # not a view that keeps the whole micro-batch
+
+    with roles.use(role):
+        limits.within(KEY, tokens, longest(rollout), run)
     return world().sum_(out), states

@@ -122,7 +122,7 @@ def put_back(model: nn.Module) -> None:
             module.reshard()
             for group in _groups(module):
                 group._post_forward_indices.clear()
-                group.comm_ctx.post_forward_order.clear()
+                getattr(group.comm_ctx, "post_forward_order", []).clear()  # made by the first pass; a process without rows has none
 
 
 def _groups(module: FSDPModule) -> list[Any]:

@@ -45,20 +45,24 @@ def pass_seconds(footprint: Footprint, machine: Machine) -> float:
 def scoring(settings: Settings, token: Callable[[str], float]) -> float:
     """What a token of a round costs until it is scored by all models, in the unit of `token`: the cost of a token in a pass of that name.
 
-    With adapters on the last layers only, what is below them is run once ("score" less "above"); to recompute goes through all layers.
+    With adapters on the last layers only, one process runs what is below them once ("score" less "above"); to recompute goes through all.
     """
     models = 2 + settings.reward_model + (settings.critic == "own")
-    return below(settings, token) + models * token(above(settings)) + settings.recompute * token("score")
+    if settings.prefix_layers is None:
+        return (models + settings.recompute) * token("score")
+    return below(settings, token) + models * token("above") + settings.recompute * token("score")
 
 
-def above(settings: Settings) -> str:
-    """The name of a scoring pass through the layers in which roles differ."""
-    return "score" if settings.lora_layers is None else "above"
+def training(settings: Settings, token: Callable[[str], float]) -> float:
+    """What a token costs in a PPO epoch, in the unit of `token`: policy and critic."""
+    learners = ["policy", *(["critic"] if settings.critic == "own" else [])]
+    again = below(settings, token) if settings.prefix_layers is None else 0.0
+    return sum(token(name) + again for name in learners)
 
 
 def below(settings: Settings, token: Callable[[str], float]) -> float:
     """A token's way through the layers below all adapters, forward."""
-    return token("score") - token(above(settings))
+    return 0.0 if settings.lora_layers is None else token("score") - token("above")
 
 
 def times(
@@ -100,9 +104,8 @@ def times(
     score = p.share(s.rollouts) * tokens * scoring(s, token)
     steps = s.epochs * min(s.minibatches, s.rollouts)
     learned = p.share(s.minibatch) * tokens
-    update, stepped = s.epochs * learned * token("policy"), steps * step("policy")
-    if s.critic == "own":
-        update, stepped = update + s.epochs * learned * token("critic"), stepped + steps * step("critic")
+    update = s.epochs * learned * training(s, token)
+    stepped = steps * (step("policy") + (step("critic") if s.critic == "own" else 0.0))
     sft = None
     if s.sft_steps != 0 and "sft" in passes:
         count = sft_steps(s, lengths)

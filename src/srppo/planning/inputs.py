@@ -64,6 +64,13 @@ class Settings:
     continued_sft: bool
     shard_size: int | None = None
     cpu_offload: bool = False
+    alone: bool = True  # one process
+    background_saves: bool = False
+
+    @property
+    def prefix_layers(self) -> int | None:
+        """Layers above those whose states are kept from a first pass over a rollout; None where none are, as with several processes."""
+        return self.lora_layers if self.alone else None
 
     @property
     def rollouts(self) -> int:
@@ -118,7 +125,7 @@ def read_settings(config: RunConfig) -> Settings:
         sft_epochs=sft.epochs,
         sft_batch=sft.batch_size,
         sft_micro_tokens=sft.micro_batch_tokens,
-        sft_saves=any(share < 1 for share in sft.checkpoints_at),
+        sft_saves=sft.checkpoint_every > 0 or any(share < 1 for share in sft.checkpoints_at),
         engine="server" if rollout.engine == "vllm" and rollout.server else rollout.engine,
         merge_adapters=rollout.merge_adapters,
         vllm_share=rollout.memory,
@@ -137,6 +144,7 @@ def read_settings(config: RunConfig) -> Settings:
         continued_sft=config.evaluation.continued_sft,
         shard_size=config.parallel.shard_size,
         cpu_offload=config.parallel.cpu_offload,
+        background_saves=config.background_checkpoints,
     )
 
 

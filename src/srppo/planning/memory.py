@@ -25,7 +25,7 @@ VLLM_BLOCK = 128  # tokens by which vLLM's cache is divided on a CPU (rollout/vl
 # buffer that of the layer before is still there), of a backward pass; and layers whose full gradients are, with the buffer from which
 # they are scattered. FSDP2 of torch 2.13 on a CPU, counted (tests); on a GPU, not measured, its streams may keep one more.
 FORWARD, BACKWARD, SCATTERED = 3, 2, 2
-SAVED = "saved model"  # an item of rank 0 alone
+FILE, SAVED = "file", "saved model"  # in the CPU's memory of one process at a time, and of rank 0 alone
 FIT_TOKENS = 4096  # records.Features.parts: tokens of which a critic's fit holds the features at once
 
 
@@ -164,21 +164,24 @@ def phases(
         return items + in_flight(model, root, each if s.full else frozen, activations, head if s.full else None)
 
     def copies(*roles: str) -> list[Item]:
-        """checkpoint.py: weights and moments of what is trained, cloned to the CPU, all at once."""
+        """saver.py: weights and moments of what is trained, copied to the CPU; without the background one tensor at a time."""
+        if not s.background_saves:
+            return []
         return [Item(role, "checkpoint copy", 3 * held(trained[role]), host=gpu) for role in roles]
 
     def decoding(role: str, rows: int, distinct: int) -> list[Item]:
         """Decoding in this process; in vLLM's share, or on a server, it takes no more here."""
         merged = [Item(role, "merged copy", model.adapted * BYTES[s.dtype])] if s.merges(gpu) else []
         if s.engine != "torch":
-            return merged
+            handed = [Item(role, SAVED, n * (each if s.full else frozen), host=gpu)] if sharded else []
+            return merged + handed
         copy = [Item(role, "gathered copy", n * (each if s.full else frozen))] if sharded else []
         parts = decoding_peak(model, rows, distinct, lengths, cache_each, passes["prefill"], passes["decode"])
         return copy + merged + [Item(role, purpose, size) for purpose, size in parts.items()]
 
     base = Item("base", "weights", p.holds(n * frozen), away)
     first = base if gpu else Item("base", "weights", n * frozen)  # spread when all of it is there
-    file = [Item("base", "file", n * frozen, host=gpu)] if not gpu or p.size > 1 else []
+    file = [Item("base", FILE, n * frozen, host=gpu)] if not gpu or sharded else []  # read by one process of a machine after the other
     out = [Phase("load", (first, *file))]
     sft_state = [base, *trainee("sft"), *beside]
     if s.sft_steps != 0:
@@ -191,7 +194,7 @@ def phases(
     resting = [Item(r, "weights", p.holds(n * frozen), away) if s.full else Item(r, "weights", trained["sft"] * each) for r in frozen_roles]
     if not s.full:
         resting[0] = base
-    if s.offload_frozen and gpu:
+    if s.offload_frozen and gpu and not sharded:
         gone = tuple(replace(i, host=True) for i in resting)
         scoring = (resting[0], *gone[1:])
         resting = list(gone)
@@ -219,7 +222,7 @@ def phases(
     out.append(Phase("policy update", (*everyone, *prefixes, *update("policy", "policy"))))
     if s.critic == "own":
         out.append(Phase("critic update", (*everyone, *prefixes, *update("critic", "critic"))))
-    kept = [Item("critic", "checkpoint copy", sums, host=gpu)] if fitted else []
+    kept = [Item("critic", "checkpoint copy", sums, host=gpu)] if fitted and s.background_saves else []
     out.append(Phase("ppo checkpoint", (*everyone, *copies(*(r for r in ("policy", "critic") if r in trained)), *kept)))
     if sharded and s.full:
         out.append(Phase("saving", (*everyone, Item("policy", SAVED, n * each, host=gpu))))
@@ -253,7 +256,7 @@ def fit_peak(width: int, tokens: int) -> int:
 def kept_states(model: Model, settings: Settings, lengths: Lengths, processes: Processes) -> tuple[list[Item], list[Item]]:
     """Hidden states [tokens, H] of a round that are kept: of whole rows where the lower layers are run once a rollout, and those of the
     responses that a fitted critic reads."""
-    below = lengths.max_prompt + lengths.max_response if settings.lora_layers is not None else 0
+    below = lengths.max_prompt + lengths.max_response if settings.prefix_layers is not None else 0
     read = lengths.max_response if settings.critic == "least_squares" else 0
     each = processes.rows(settings.rollouts) * model.counts.width * BYTES[settings.dtype]
     prefixes, states = ([Item("all", "kept states", tokens * each)] if tokens else [] for tokens in (below, read))

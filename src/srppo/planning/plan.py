@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from srppo.config import RunConfig
 from srppo.errors import ConfigError, ModelError
 from srppo.planning.architecture import Architecture
-from srppo.planning.clock import Times, pass_seconds, scoring, sft_steps, times
+from srppo.planning.clock import Times, pass_seconds, scoring, sft_steps, times, training
 from srppo.planning.dryrun import Footprint, Pass, footprint
 from srppo.planning.inputs import Lengths, Settings, micro_rows, read_settings
 from srppo.planning.machine import Machine
-from srppo.planning.memory import HOLES, HOLES_CHECKPOINTING, PREFILL_TOKENS, SAVED, Model, Phase, phases, vllm_memory, with_holes
+from srppo.planning.memory import FILE, HOLES, HOLES_CHECKPOINTING, PREFILL_TOKENS, SAVED, Model, Phase, phases, vllm_memory, with_holes
 from srppo.planning.processes import ALONE, Processes, processes_of
 from srppo.planning.reliability import Reliability, reliability
 from srppo.planning.traffic import Flow, Micros, flows, seconds_of
@@ -64,8 +64,8 @@ class Plan:
         return max(self.host_total(phase) for phase in self.phases)
 
     def host_total(self, phase: Phase) -> int:
-        """Of all processes of a machine; the model that is saved lies in rank 0's memory alone."""
-        once = sum(i.bytes for i in phase.items if i.host and i.purpose == SAVED)
+        """Of all processes of a machine; whole models are read by one after the other, and saved by rank 0 alone."""
+        once = sum(i.bytes for i in phase.items if i.host and i.purpose in (FILE, SAVED))
         return (phase.total(host=True) - once) * self.machine.local + once
 
     @property
@@ -130,7 +130,7 @@ def make_plan(config: RunConfig, architecture: Architecture, lengths: Lengths, m
     A first plan takes one to three seconds of CPU time whatever the model's size, one whose passes were planned before a few milliseconds.
     activations False: without dry runs, a lower bound of the memory; its times say nothing.
     """
-    settings = read_settings(config)
+    settings = replace(read_settings(config), alone=machine.count == 1)
     few = settings.lora_layers
     if few is not None and few > architecture.layers:
         raise ModelError(f"tuning.lora_layers is {few}, but {config.model.name} has {architecture.layers} decoder layers")
@@ -185,10 +185,9 @@ def hidden(
     def token(name: str) -> float:
         return pass_seconds(done[name], machine) / max(1, tokens[name])
 
-    trained = token("policy") + (token("critic") if s.critic == "own" else 0.0)
     costs = {
         "scoring": (scoring(s, token), micros.score, processes.rows(s.rollouts)),
-        "update": (trained, micros.update * steps, processes.rows(s.minibatch) * steps),
+        "update": (training(s, token), micros.update * steps, processes.rows(s.minibatch) * steps),
     }
     return {
         phase: Hidden(network.get(phase, 0.0) / count / cost, rows * each / count) for phase, (cost, count, rows) in costs.items() if cost
@@ -209,7 +208,7 @@ def round_flops(settings: Settings, lengths: Lengths, done: Mapping[str, Footpri
     s, each = settings, lengths.mean_prompt + lengths.mean_response
     a_token = {name: f.flops / max(1, tokens[name]) for name, f in done.items()}
     rows = s.rollouts * each
-    trained = a_token["policy"] + (a_token["critic"] if s.critic == "own" else 0.0)
+    trained = training(s, a_token.__getitem__)
     rollout = s.prompts * lengths.mean_prompt * a_token["prefill"] + s.rollouts * lengths.mean_response * a_token["decode"]
     return round(rollout + rows * (scoring(s, a_token.__getitem__) + s.epochs * trained))
 

@@ -61,7 +61,7 @@ def remedies(config: RunConfig, gpu: bool, layers: int, processes: int = 1) -> I
     if config.tuning.kind == "full":
         if (config.model.frozen_dtype or config.model.dtype) == "float32":
             yield {"model.frozen_dtype": "bfloat16"}
-        if gpu and not config.model.offload_frozen:
+        if gpu and shards == 1 and not config.model.offload_frozen:
             yield {"model.offload_frozen": True}
     if gpu and shards > 1 and config.rollout.engine == "torch":  # else each process holds the whole policy while it samples
         yield {"rollout.engine": "vllm", "rollout.server": SOME_SERVER}

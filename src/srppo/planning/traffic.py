@@ -13,7 +13,8 @@ from srppo.planning.inputs import BYTES, Lengths, Settings, micro_rows
 from srppo.planning.memory import Model
 from srppo.planning.processes import Links, Processes, Ring, replica_ring, shard_ring, world_ring
 
-RECORD = 8 + 4  # bytes of a response token in a rollout's record: its id and its log-probability
+RECORD = 8 + 4  # bytes of a response token in a rollout's record, up to the longest: its id and its log-probability
+BUCKET = 64 * 2**20  # train/learner.py: bytes of gradients that are summed at once where each process holds all of them
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Micros:
         )
 
 
+def buckets(size: int) -> int:
+    """Collectives in which so many bytes of gradients are summed, and one before them to see which there are."""
+    return 1 + -(-size // BUCKET)
+
+
 class Network:
     """The flows of a run on so many processes and such links."""
 
@@ -87,16 +93,18 @@ class Network:
         """Of training a role for so many steps."""
         s, m, n = self.settings, self.model, self.model.counts.total
         if not s.full:
-            above = part(m, n, s.lora_layers)
-            forward = part(m, n) if phase == "sft" else above  # PPO keeps what the layers below said
-            weights = (forward.whole + above.layers) * s.frozen_bytes
-            passes = self.gathers(phase, f"{role}: base", steps * micros * weights, steps * micros * (forward.units + above.units - 1))
-            return [*passes, *self._summed(phase, f"{role}: adapter", self.world, steps * m.adapter * s.trained_bytes, steps)]
+            forward, backward, adapter = part(m, n), part(m, n, s.lora_layers), m.adapter * s.trained_bytes
+            weights, calls = (forward.whole + backward.layers) * s.frozen_bytes, forward.units + backward.units - 1
+            passes = self.gathers(phase, f"{role}: base", steps * micros * weights, steps * micros * calls)
+            return [*passes, *self._summed(phase, f"{role}: adapter", self.world, steps * adapter, steps * buckets(adapter))]
         own = part(m, m.counts.trunk if role == "critic" else n)
         each, times = s.trained_bytes, steps * micros
-        flows = self.gathers(phase, f"{role}: weights", times * (2 * own.layers + own.root) * each, times * (2 * own.units - 1))
+        again = role == "critic"  # its trunk is run within itself (sharding.run_on), which has its root gathered once more
+        weights, calls = (2 * own.layers + (1 + again) * own.root) * each, 2 * own.units - 1 + again
+        flows = self.gathers(phase, f"{role}: weights", times * weights, times * calls)
         if self.processes.shards == 1:
-            return self._summed(phase, f"{role}: gradients", self.world, steps * own.whole * each, steps)
+            size = own.whole * each
+            return self._summed(phase, f"{role}: gradients", self.world, steps * size, steps * buckets(size))
         sent = self.shard.gather(times * own.whole * each)
         flows += self._flow(phase, f"{role}: gradients", "reduce-scatter", self.shard, sent, times * own.units)
         parts = times * own.whole * each / self.processes.shards
@@ -116,13 +124,8 @@ class Network:
                 own = part(m, total)
                 flows += self.gathers("scoring", f"{role}: weights", micros * own.whole * s.trained_bytes, micros * own.units)
             return flows
-        above, whole = part(m, n, s.lora_layers), part(m, n)
-        models = len(frozen) + (s.critic == "own")
-        weights, calls = models * above.whole + s.recompute * whole.whole, models * above.units + s.recompute * whole.units
-        if s.lora_layers is not None:  # the layers below, once
-            below = part(m, n, m.layers - s.lora_layers)
-            weights, calls = weights + below.whole, calls + below.units
-        return self.gathers("scoring", "base", micros * weights * s.frozen_bytes, micros * calls)
+        own, passes = part(m, n), micros * (len(frozen) + (s.critic == "own") + s.recompute)
+        return self.gathers("scoring", "base", passes * own.whole * s.frozen_bytes, passes * own.units)
 
     def rollout(self, lengths: Lengths) -> list[Flow]:
         """The policy's weights, whole in each process or handed to the servers, and the records of what was sampled and scored."""
@@ -130,12 +133,12 @@ class Network:
         each = s.trained_bytes if s.full else BYTES[s.dtype]
         own = part(m, n)
         flows: list[Flow] = []
-        if s.engine != "server" or s.full:
+        if s.engine != "server" or s.full:  # servers are given the base once
             flows += self.gathers("rollout", "policy: weights" if s.full else "base", own.whole * each, own.units)
         if s.engine == "server" and self.processes.size > 1:
             size = n * each if s.full else m.adapter * s.trained_bytes
             flows.append(Flow("rollout", "policy: to the servers", "file", size, 1, 0.0))
-        tokens = s.rollouts * lengths.mean_response
+        tokens = s.rollouts * lengths.max_response
         flows += self._flow("rollout", "records", "all-gather", self.world, self.world.gather(RECORD * tokens), 1)
         columns = 2 + s.reward_model + (s.critic == "own") + s.recompute
         return flows + self._summed("scoring", "records", self.world, 4.0 * columns * s.rollouts * lengths.max_response, columns)

@@ -17,7 +17,11 @@ PHASES = {
     "guard": "guard",
     "checkpoint": "checkpoints",
 }
-PARTS = {"policy": "of it the policy's steps", "critic": "of it the critic's steps"}
+PARTS = {
+    "policy": "of it the policy's steps",
+    "critic": "of it the critic's steps",
+    "comm": "of all: sending to and waiting for other processes",
+}
 STAGES = {
     "load": "models and data",
     "sft": "SFT",
@@ -253,8 +257,8 @@ def _in_order(speed: Speed) -> list[tuple[str, str]]:
     for name, title in PHASES.items():
         if name in speed.seconds:
             out.append((name, title))
-            out += [(part, words) for part, words in PARTS.items() if name == "update" and part in speed.seconds]
-    return out
+            out += [(part, PARTS[part]) for part in ("policy", "critic") if name == "update" and part in speed.seconds]
+    return out + [("comm", PARTS["comm"])] * ("comm" in speed.seconds)
 
 
 def closing_line(run_folder: str | Path) -> str:

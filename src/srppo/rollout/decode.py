@@ -145,7 +145,8 @@ def decode(
 
     The way of models with recurrent layers, whose rows have to be of one age (refill.py has the other).
 
-    uniforms: [R, T] float64 on the model's device, unused when greedy. on_ended(n): n more rows have ended.
+    uniforms: [R, T] float64 on the model's device, unused when greedy. on_ended(n): n more rows have ended,
+    which may be 0.
     Returns tokens [R, T] int64 and their untempered log-probabilities [R, T] float32; what follows a row's first EOS is without meaning.
     """
     device, limit = model.device, sampling.max_new_tokens
@@ -172,9 +173,8 @@ def decode(
         if (step + 1) % every == 0:
             gone = int(ended.sum())  # of the rows still here
             done = len(prompts) - len(rows) + gone
-            if done > reported:
-                on_ended(done - reported)
-                reported = done
+            on_ended(done - reported)
+            reported = done
             if gone == len(rows):
                 break
             if gone * LEAVING_SHARE >= len(rows):

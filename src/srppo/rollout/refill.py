@@ -89,7 +89,8 @@ def decode_refilled(
 ) -> tuple[Tensor, Tensor]:
     """Sample a response to each of B prompts, equal ones side by side, at most batch_size at once. For caches that slots.fits.
 
-    uniforms: [B, T] float64 on the model's device, unused when greedy. on_ended(n): n more rows have ended.
+    uniforms: [B, T] float64 on the model's device, unused when greedy. on_ended(n): n more rows have ended,
+    which may be 0.
     static: few different shapes of a step, and on a CUDA device each of them replayed as a graph (replay.py).
     Returns tokens [B, T] int64 and their untempered log-probabilities [B, T] float32; what follows a row's first EOS is without meaning.
     """
@@ -108,8 +109,7 @@ def decode_refilled(
             gone = [s for s in offsets if flags[s]]
             for slot in gone:
                 del offsets[slot]
-            if gone:
-                on_ended(len(gone))
+            on_ended(len(gone))
         free = [s for s in range(places.rows) if s not in offsets]
         if waiting < count and (len(free) * REFILL_SHARE >= slots or len(free) >= count - waiting):
             for part in read(model, prompts[waiting : waiting + len(free)], stats):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from srppo.errors import ConfigError
+from srppo.memory_limit import limits
 from srppo.models.compiled import uncompiled
 from srppo.models.sharding import gathered
 from srppo.records import Rollout
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from srppo.models.load import SpecialTokens
 
+TOLD_EVERY = 1.0  # seconds after which on_progress is called though no row has ended
 AUTOCAST = {"none": None, "bfloat16": torch.bfloat16}
 
 
@@ -108,7 +110,10 @@ class TorchEngine:
         share = deal([len(p) + limit for p in rows], here.size)[here.rank]
 
         def decode_share() -> tuple[list[int], Tensor, Tensor]:
-            return share, *self._decode(step, [rows[r] for r in share], [seeds[r] for r in share], sampling, on_progress, stats)
+            def decode(width: int) -> tuple[Tensor, Tensor]:
+                return self._decode(step, [rows[r] for r in share], [seeds[r] for r in share], sampling, on_progress, stats, width)
+
+            return share, *limits.within("rollout.batch_size", self.batch_size, 1, decode)
 
         decoded = here.each(decode_share)
         tokens = torch.zeros(len(rows), limit, dtype=torch.int64)
@@ -129,32 +134,33 @@ class TorchEngine:
         sampling: Sampling,
         on_progress: Progress | None,
         stats: DecodeStats,
+        width: int,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens [B, T] int64 and their log-probabilities [B, T] float32, on the CPU, in the order of the rows."""
+        """Tokens [B, T] int64 and their log-probabilities [B, T] float32, on the CPU, in the order of the rows; `width` rows at once."""
         limit, eos_ids = sampling.max_new_tokens, self.special.eos_ids
         # longest first (too large a batch shows at once), equal prompts side by side
         order = sorted(range(len(rows)), key=lambda r: (-len(rows[r]), rows[r]))
         tokens = torch.zeros(len(rows), limit, dtype=torch.int64)
         logprobs = torch.zeros(len(rows), limit, dtype=torch.float32)
-        ended_rows = 0
+        ended_rows, told = 0, time.monotonic()
 
         def advance(count: int) -> None:
-            nonlocal ended_rows
+            nonlocal ended_rows, told
             ended_rows += count
-            if on_progress is not None and count:
+            now = time.monotonic()
+            if on_progress is not None and (count or now - told >= TOLD_EVERY):  # it may ask for a stop
+                told = now
                 on_progress(ended_rows, len(rows))
 
         ordered = [rows[r] for r in order]
         drawn = row_uniforms([seeds[r] for r in order], limit) if rows else torch.zeros(0, limit)
         if self.refill and rows and fits(step.new_cache(), step.config):
             static = self.cuda_graphs and step.device.type == "cuda"
-            sampled, scores = decode_refilled(
-                step, ordered, drawn.to(step.device), eos_ids, sampling, self.batch_size, advance, stats, static
-            )
+            sampled, scores = decode_refilled(step, ordered, drawn.to(step.device), eos_ids, sampling, width, advance, stats, static)
             tokens[order], logprobs[order] = sampled.cpu(), scores.cpu()
         else:
-            for start in range(0, len(order), self.batch_size):
-                part = slice(start, start + self.batch_size)
+            for start in range(0, len(order), width):
+                part = slice(start, start + width)
                 sampled, scores = decode(step, ordered[part], drawn[part].to(step.device), eos_ids, sampling, advance, stats)
                 tokens[order[part]], logprobs[order[part]] = sampled.cpu(), scores.cpu()
         return tokens, logprobs

@@ -117,7 +117,7 @@ def named_weights(model: PreTrainedModel, merge: Adapter | None = None) -> dict[
                 weight = weights[f"{module}.weight"]
                 for name in merge.names:
                     if name in layer.scaling:
-                        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+                        weight = weight + layer.get_delta_weight(name).to(weight)  # in its precision, where it is
                 weights[f"{module}.weight"] = weight
         _retie(model, weights, merge)
     return revert_weight_conversion(model, weights)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from srppo.memory_limit import limits
 from srppo.models.sharding import own, squared_norm
 from srppo.records import LossOutput
 from srppo.world import world
@@ -26,6 +27,19 @@ class StepResult:
     metrics: dict[str, float]
     grad_norm: float  # global norm before clipping
     skipped: bool  # a loss or gradient was NaN or infinite: nothing moved
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A step's work, and how it is cut into micro-batches of at most so many tokens."""
+
+    key: str  # of the recipe, which asks for `asked` tokens
+    asked: int
+    least: int  # tokens of the longest row
+    losses: Callable[[int], Iterable[Callable[[], LossOutput]]]  # tokens -> micro-batches' losses; called again where memory runs out
+
+
+MicroLosses = Iterable[Callable[[], LossOutput]] | Cut
 
 
 @dataclass
@@ -61,21 +75,18 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def step(self, micro_losses: Iterable[Callable[[], LossOutput]], denominator: int) -> StepResult:
+    def step(self, micro_losses: MicroLosses, denominator: int) -> StepResult:
         """One optimizer step from micro-batches.
 
-        Each callable builds one micro-batch's graph and returns its loss as a SUM over tokens; every sum is divided by the one
-        global denominator, so any cut into micro-batches gives the same gradient. Of several processes each brings its own micro-batches,
-        and all take the same step.
+        micro_losses: callables, or a Cut of the work into such, which is cut finer where memory runs out. Each builds one micro-batch's
+        graph and returns its loss as a SUM over tokens; every sum is divided by the one global denominator, so any cut into micro-batches
+        gives the same gradient. Of several processes each brings its own micro-batches, and all take the same step.
         """
-        total, sums = 0.0, dict[str, Tensor]()
-        self.optimizer.zero_grad(set_to_none=True)
-        for micro_loss in micro_losses:
-            out = micro_loss()
-            (out.loss / max(denominator, 1)).backward()
-            total += float(out.loss.detach())
-            for name, value in out.metrics.items():
-                sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+        if isinstance(micro_losses, Cut):
+            cut = micro_losses
+            total, sums = limits.within(cut.key, cut.asked, cut.least, lambda size: self._accumulate(cut.losses(size), denominator))
+        else:
+            total, sums = self._accumulate(micro_losses, denominator)
         total, sums = _over_processes(total, sums)
         parameters = list(self.parameters.values())
         sum_gradients([p for p in parameters if not isinstance(p, DTensor)])
@@ -90,6 +101,18 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         means = {name: float(value) / max(denominator, 1) for name, value in sums.items()}
         return StepResult(total / max(denominator, 1), means, norm, skipped)
+
+    def _accumulate(self, micro_losses: Iterable[Callable[[], LossOutput]], denominator: int) -> tuple[float, dict[str, Tensor]]:
+        """Gradients of the micro-batches, from zero. Returns the sums of their losses and metrics."""
+        total, sums = 0.0, dict[str, Tensor]()
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro_loss in micro_losses:
+            out = micro_loss()
+            (out.loss / max(denominator, 1)).backward()
+            total += float(out.loss.detach())
+            for name, value in out.metrics.items():
+                sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+        return total, sums
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's moments under `parameter/slot` names: themselves, for a checkpoint that is written at once."""

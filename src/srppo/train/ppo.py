@@ -11,6 +11,7 @@ from pathlib import Path
 from srppo.config import RunConfig
 from srppo.errors import TrainingStopped
 from srppo.masking import masked_sum
+from srppo.memory_limit import limits
 from srppo.methods.rlhf import preference_reward
 from srppo.methods.srppo import coherent_reward, first_beta, next_beta
 from srppo.models.over_rollout import role_logprobs, rollout_tokens
@@ -18,6 +19,7 @@ from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles
 from srppo.profiling.phases import Phases
 from srppo.profiling.trace import traced
+from srppo.profiling.traffic import Traffic, counted
 from srppo.progress import Progress
 from srppo.records import Experience, Prompt
 from srppo.rewards import CoherentReward, PreferenceReward
@@ -115,9 +117,13 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
     resumed = _resume(setup, state, folder)
     run.truncate_metrics(state.iteration if resumed else -1, "ppo")
 
-    with Saver(folder, ppo.keep_checkpoints, config.background_checkpoints) as saver:
+    traffic = Traffic()
+    with (
+        nullcontext() if world().alone else counted(traffic),
+        Saver(folder, ppo.keep_checkpoints, config.background_checkpoints) as saver,
+    ):
         try:
-            _rounds(setup, state, evaluate, saver)
+            _rounds(setup, state, evaluate, saver, traffic)
         except StopRequested:
             _save(setup, state, saver)
             saver.wait()
@@ -138,7 +144,7 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
     return state
 
 
-def _rounds(setup: PPOSetup, state: PPOState, evaluate: Callable[[int], dict[str, float]], saver: Saver) -> None:
+def _rounds(setup: PPOSetup, state: PPOState, evaluate: Callable[[int], dict[str, float]], saver: Saver, traffic: Traffic) -> None:
     """The rounds that are left, each with its record, looks and checkpoint."""
     config, run, ppo, phases, begun_at = setup.config, setup.run, setup.config.ppo, state.phases, state.iteration
 
@@ -165,7 +171,8 @@ def _rounds(setup: PPOSetup, state: PPOState, evaluate: Callable[[int], dict[str
                 saver.wait()  # the guard keeps what the checkpoints on disk need
                 with phases("guard"):
                     metrics |= state.guard.look(iteration)
-            metrics |= phases.take() | ({"timing/profiled": 1.0} if profiled else {})
+            metrics |= phases.take() | limits.metrics() | ({"timing/profiled": 1.0} if profiled else {})
+            metrics |= {} if world().alone else traffic.take()
             run.log({"stage": "ppo", "iteration": iteration, **metrics})
             state.logged = iteration
             ticker.advance(iteration, **_shown(metrics))

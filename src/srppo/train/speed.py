@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from srppo.records import LossOutput
 from srppo.train.compute import Compute
-from srppo.train.learner import Learner, StepResult
+from srppo.train.learner import Learner, MicroLosses, StepResult
 
 
 @dataclass
@@ -17,7 +16,7 @@ class TimedLearner(Learner):
 
     seconds: float = 0.0
 
-    def step(self, micro_losses: Iterable[Callable[[], LossOutput]], denominator: int) -> StepResult:
+    def step(self, micro_losses: MicroLosses, denominator: int) -> StepResult:
         started = time.perf_counter()
         try:
             return super().step(micro_losses, denominator)

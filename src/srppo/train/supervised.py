@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from srppo.config import SFTConfig
 from srppo.data.batching import micro_batches, step_batch, steps_per_epoch
 from srppo.errors import TrainingStopped
 from srppo.losses.supervised import cross_entropy
 from srppo.masking import example_batch, token_chunks
+from srppo.memory_limit import limits
 from srppo.models.roles import Roles
 from srppo.progress import Progress, Stage
 from srppo.records import Example, LossOutput, TokenBatch
@@ -17,9 +18,10 @@ from srppo.run_folder import RunFolder
 from srppo.seeding import seed_dropout
 from srppo.train.compute import Compute
 from srppo.train.interrupt import Interrupt
-from srppo.train.learner import Learner, cosine_lr, silenced
+from srppo.train.learner import Cut, Learner, cosine_lr, silenced
 from srppo.world import deal, world
 
+KEY = "sft.micro_batch_tokens"
 MAX_SKIPPED_STEPS = 5  # consecutive non-finite steps after which the run stops
 
 
@@ -39,13 +41,13 @@ def heldout_nll(roles: Roles, role: str, examples: Sequence[Example], tokens: in
     here = world()
     mine = [examples[i] for i in deal([len(e.ids) for e in examples], here.size)[here.rank]]
     chunks = token_chunks([len(e.ids) for e in mine], tokens)
+    spare = here.most(len(chunks)) - len(chunks) if roles.spread else 0  # all run a model as often as each other
     for chunk in chunks:
         batch = example_batch([mine[i] for i in chunk], roles.special.pad_id).to(roles.device)
         total -= float(roles.score(role, batch).logprobs.double().sum())
         count += batch.targets
-    if roles.spread:
-        for _ in range(here.most(len(chunks)) - len(chunks)):  # all run a model as often as each other
-            roles.score(role, example_batch(examples[:1], roles.special.pad_id).to(roles.device))
+    for _ in range(spare):
+        roles.score(role, example_batch(examples[:1], roles.special.pad_id).to(roles.device))
     if compute:
         compute.forward_tokens += sum(len(e.ids) for e in examples)
     said = here.gather((total, count))
@@ -83,15 +85,23 @@ def train_supervised(
 
     here = world()
 
-    def cut(rows: Sequence[Example]) -> list[TokenBatch]:
+    def cut(rows: Sequence[Example], size: int) -> list[TokenBatch]:
         batches = micro_batches(
             rows,
-            micro_batch_tokens=config.micro_batch_tokens,
+            micro_batch_tokens=size,
             pad_id=roles.special.pad_id,
             batching=config.batching,
             max_tokens=max_tokens,
         )
         return [b.to(roles.device) for b in batches]
+
+    def work(step: int, mine: Sequence[Example], spare: Sequence[Example]) -> Cut:
+        def losses(size: int) -> Iterator[Callable[[], LossOutput]]:
+            seed_dropout(seed, stage, step, here.rank)
+            yield from (loss_of(b) for b in cut(mine, size))
+            yield from (silenced(loss_of(cut([row], size)[0])) for row in spare)
+
+        return Cut(KEY, config.micro_batch_tokens, max((len(e.ids) for e in mine), default=1), losses)
 
     with progress.stage(title, steps, "steps", first_step) as ticker:
         for step in range(first_step, steps):
@@ -100,15 +110,13 @@ def train_supervised(
             lr = cosine_lr(step, steps, config.learning_rate, config.warmup, config.final_lr_fraction)
             learner.set_lr(lr)
             rows = step_batch(examples, step=step, batch_size=config.batch_size, seed=seed, batching=config.batching)
-            batches = cut([rows[i] for i in deal([len(e.ids) for e in rows], here.size)[here.rank]])
+            mine = [rows[i] for i in deal([len(e.ids) for e in rows], here.size)[here.rank]]
+            batches = cut(mine, limits.size(KEY, config.micro_batch_tokens))
             counts = here.gather((sum(b.targets for b in batches), sum(b.attention_mask.numel() for b in batches), len(batches)))
             targets, places, most = sum(c[0] for c in counts), sum(c[1] for c in counts), max(c[2] for c in counts)
             tokens = sum(len(e.ids) for e in rows)
-            losses = [loss_of(b) for b in batches]
-            if roles.spread:  # all run a model as often as each other
-                losses += [silenced(loss_of(cut(rows[:1])[0]))] * (most - len(batches))
-            seed_dropout(seed, stage, step, here.rank)
-            result = learner.step(losses, targets)
+            spare = most - len(batches) if roles.spread else 0  # all run a model as often as each other
+            result = learner.step(work(step, mine, rows[:1] * spare), targets)
             compute.trained_tokens += tokens
             if result.skipped:
                 progress.warn(f"{stage} step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: step skipped")
@@ -123,7 +131,7 @@ def train_supervised(
                 "timing/step": seconds,
                 "padding_share": 0.0 if roles.flat else 1 - tokens / places,
             }
-            run.log({"stage": stage, "step": step + 1, **record, "skipped_steps": learner.total_skips})
+            run.log({"stage": stage, "step": step + 1, **record, **limits.metrics(), "skipped_steps": learner.total_skips})
             ticker.advance(step + 1, loss=result.loss, lr=lr)
             if after_step(step + 1, ticker):
                 return

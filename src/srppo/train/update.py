@@ -16,14 +16,17 @@ from srppo.config import PPOConfig
 from srppo.errors import TrainingStopped
 from srppo.losses.policy import clipped_surrogate
 from srppo.losses.value import clipped_value_loss
+from srppo.memory_limit import limits
 from srppo.models.over_rollout import micro_batches, padding_tokens, shares
 from srppo.models.roles import Roles
 from srppo.records import Experience, LossOutput, TokenBatch
 from srppo.rollout.engine import mismatch
 from srppo.seeding import permutation, seed_dropout
 from srppo.train.compute import Compute
-from srppo.train.learner import Learner, silenced
+from srppo.train.learner import Cut, Learner, silenced
 from srppo.world import deal, world
+
+KEY = "ppo.micro_batch_tokens"
 
 
 @dataclass
@@ -138,9 +141,13 @@ def _minibatch(
     denominator = int(rollout.lengths[minibatch].sum())
     costs = [len(rollout.prompt_ids[r]) + n for r, n in zip(minibatch, rollout.lengths[minibatch].tolist())]
     mine = [minibatch[i] for i in deal(costs, here.size)[here.rank]]
-    micros = micro_batches(roles, rollout, config.micro_batch_tokens, mine, experience.prefixes)
-    silent = here.most(len(micros)) - len(micros) if roles.spread else 0
-    spare = micro_batches(roles, rollout, config.micro_batch_tokens, minibatch[:1]) * silent
+    first_logprobs: list[tuple[Tensor, Tensor]] = []
+
+    def cut(size: int) -> list[tuple[list[int], TokenBatch]]:
+        return micro_batches(roles, rollout, size, mine, experience.prefixes)
+
+    count = len(cut(limits.size(KEY, config.micro_batch_tokens))) if roles.spread else 0
+    silent = here.most(count) - count if roles.spread else 0
     passes = train_policy + (critic is not None)
     compute.trained_tokens += passes * sum(costs)
     compute.padding_tokens += passes * padding_tokens(roles, rollout, config.micro_batch_tokens, minibatch)
@@ -150,8 +157,8 @@ def _minibatch(
 
     def policy_loss(rows: list[int], batch: TokenBatch) -> LossOutput:
         scores = roles.score("policy", batch, train=True, entropy=config.entropy)
-        if first and len(log.first_logprobs) < len(micros):  # not of the spare ones
-            log.first_logprobs.append((flat(rollout.behaviour_logprobs, rows).cpu(), scores.logprobs.detach().cpu()))
+        if first:
+            first_logprobs.append((flat(rollout.behaviour_logprobs, rows).cpu(), scores.logprobs.detach().cpu()))
         out = clipped_surrogate(scores.logprobs, flat(experience.old_logprobs, rows), flat(experience.advantages, rows), config.clip)
         if scores.entropy is None:
             return out
@@ -161,15 +168,20 @@ def _minibatch(
         values = roles.values(batch, train=True)
         return clipped_value_loss(values, flat(experience.old_values, rows), flat(experience.returns, rows), config.value_clip)
 
-    def losses(loss: Callable[[list[int], TokenBatch], LossOutput]) -> Iterator[Callable[[], LossOutput]]:
-        for micro in micros:
-            yield partial(loss, *micro)
-        for micro in spare:  # where the weights are spread, all run a model as often as each other
-            yield silenced(partial(loss, *micro))
+    def work(loss: Callable[[list[int], TokenBatch], LossOutput]) -> Cut:
+        def losses(size: int) -> Iterator[Callable[[], LossOutput]]:
+            first_logprobs.clear()
+            for micro in cut(size):
+                yield partial(loss, *micro)
+            log.first_logprobs += first_logprobs  # without those of the spare ones
+            for micro in micro_batches(roles, rollout, size, minibatch[:1]) * silent:  # all run a spread model as often as each other
+                yield silenced(partial(loss, *micro))
+
+        return Cut(KEY, config.micro_batch_tokens, max((costs[minibatch.index(r)] for r in mine), default=1), losses)
 
     approx_kl = 0.0
     if train_policy:
-        step = policy.step(losses(policy_loss), denominator)
+        step = policy.step(work(policy_loss), denominator)
         approx_kl = step.metrics["approxkl"]
         log.values["loss/policy_avg"].append(step.loss)
         log.values["policy/approxkl_avg"].append(approx_kl)
@@ -181,7 +193,7 @@ def _minibatch(
         log.values["val/ratio"].append(step.metrics["ratio"])
     if critic is None:
         return approx_kl
-    step = critic.step(losses(value_loss), denominator)
+    step = critic.step(work(value_loss), denominator)
     log.values["loss/value_avg"].append(step.loss)
     log.values["val/clipfrac_avg"].append(step.metrics["clipfrac"])
     log.values["critic/grad_norm"].append(step.grad_norm)
