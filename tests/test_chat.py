@@ -256,7 +256,7 @@ def test_the_templates_own_refusals_are_told() -> None:
     with pytest.raises(Unusable, match="System role not supported"):
         chat_of("gemma", system_prompt="Be brief.").render_prompt([ASK])
     tokenizer = tiny.chatml("{{ messages.__class__.__mro__ }}")
-    with pytest.raises(Unusable, match="refuses"):  # transformers' sandbox
+    with pytest.raises(ConfigError, match="does what no template may, and was stopped"):  # by transformers' sandbox
         ChatFormat(tokenizer, [1]).render_prompt([ASK])
 
 

@@ -54,7 +54,7 @@ def test_page_asks_nothing_of_the_network(run: Path) -> None:
         for name in ("src", "href", "srcset", "action"):
             assert str(attributes.get(name, "data:")).startswith("data:")
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def test_only_the_run_folder_is_read(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from srppo.errors import ConfigError
 from srppo.rollout.engine import EngineLost, Sampling
 from srppo.rollout.torch_engine import TorchEngine
 from srppo.rollout.vllm_deal import Answered, Deal, GivenUp, Said, pause_after
-from srppo.rollout.vllm_http import ServerError
+from srppo.rollout.vllm_http import Connection, Gone, ServerError
 from srppo.rollout.vllm_server import VLLMServerEngine
 from tiny_job import metrics, run, tiny_job, weights, without_clock
 from tiny_models import save_tiny, standard_roles, tiny_model, train_role
@@ -173,6 +174,27 @@ def test_a_server_restarted_without_adapters_gets_them_merged(tmp_path: Path, se
     assert not server.adapters
 
 
+def test_a_load_that_is_cut_off_leaves_no_false_claim(tmp_path: Path, server: FakeServer) -> None:
+    """The server has taken new weights, but nobody could tell it their name: asked for the old ones again it must not say it has them."""
+    engine, first, second = engine_for(tmp_path, server, patience=0.2), tiny_model("llama", seed=5), tiny_model("llama", seed=6)
+    expect(engine, first)
+    server.broken["/reset_prefix_cache"] = b"<html>cut off</html>"
+    with pytest.raises(EngineLost):
+        engine.generate(second, PROMPTS, SEEDS, Sampling(8))
+    server.broken.clear()
+    assert server.version.endswith("-unfinished")
+    expect(engine, first)
+
+
+def test_a_connection_that_was_hung_up_asks_nothing_more(server: FakeServer) -> None:
+    line = Connection(server.url)
+    line.ask("/v1/models")
+    line.hang_up()
+    with pytest.raises(Gone, match="hung up"):
+        line.ask("/update_weight_version", {"new_version": "late"})
+    assert server.version == "default"
+
+
 # --- a run
 
 
@@ -296,3 +318,12 @@ def test_a_key_that_is_no_header(tmp_path: Path, server: FakeServer, monkeypatch
     monkeypatch.setenv("VLLM_API_KEY", "a\r\nX-Evil: 1")
     with pytest.raises(ConfigError, match="VLLM_API_KEY holds characters"):
         engine_for(tmp_path, server).generate(tiny_model("llama", seed=5), PROMPTS, SEEDS, Sampling(8))
+
+
+def test_connections_are_watched_by_the_kernel(server: FakeServer) -> None:
+    line = Connection(server.url)
+    line.ask("/v1/models")
+    sock = line._http.sock
+    assert sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    line.close()
+    assert not line.open

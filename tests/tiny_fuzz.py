@@ -86,6 +86,7 @@ def used_or_refused(use: Callable[[], Any], folder: Path | None = None, *mention
         use()
     except SrppoError as error:
         said = str(error)
+        assert error.exit_code == 2
         assert said.strip() and len(said) < 20_000 and "Traceback" not in said
         assert not mention or any(word in said for word in mention), said
         assert folder is None or contents(folder) == before, "something was written, although it failed"

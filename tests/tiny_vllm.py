@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -10,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
 from srppo.models.tokens import SpecialTokens
 from srppo.records import Rollout
@@ -43,6 +43,7 @@ class FakeServer(ThreadingHTTPServer):
         self.poison: list[int] | None = None  # a prompt that is never answered
         self.answered, self.loads, self.resets = 0, 0, 0
         self.guard = threading.Lock()
+        self.blank: Any = tiny_model("llama", seed=99)  # made here: transformers' loading is not for several threads at once
         self.forget()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -52,7 +53,7 @@ class FakeServer(ThreadingHTTPServer):
 
     def forget(self) -> None:
         """What a restart does: nothing loaded is left, and all connections are cut."""
-        self.model: Any = tiny_model("llama", seed=99)
+        self.model = copy.deepcopy(self.blank)
         self.version, self.adapters = "default", dict[str, Any]()
         self.life = getattr(self, "life", 0) + 1  # last: who sees the new one sees all of it
 
@@ -121,7 +122,9 @@ class Handler(BaseHTTPRequestHandler):
                     self.complete(body)
                 case "/collective_rpc":
                     assert body["method"] == "reload_weights"
-                    server.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
+                    model = copy.deepcopy(server.blank)
+                    model.load_state_dict(load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors"))
+                    server.model = model
                     server.loads += 1
                     self.answer(200, {"results": [None]})
                 case "/reset_prefix_cache":
@@ -160,16 +163,23 @@ class Handler(BaseHTTPRequestHandler):
             return
         model = server.model
         if body["model"] != "base":
-            plain = {n: t.clone() for n, t in model.state_dict().items()}
-            model = PeftModel.from_pretrained(model, server.adapters[body["model"]]).merge_and_unload()
-            server.model = tiny_model("llama")
-            server.model.load_state_dict(plain)
+            model = merged(model, server.adapters[body["model"]])
         sampling = Sampling(body["max_tokens"], temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"])
         special = SpecialTokens(0, tuple(body["stop_token_ids"]))
         rollout = TorchEngine(special, 4).generate(model, [body["prompt"]], [body["seed"]], sampling)
         scores = rollout.behaviour_logprobs[0].tolist()
         server.answered += 1
         self.answer(200, {"choices": [{"token_ids": rollout.response_ids(0), "logprobs": {"token_logprobs": scores}}]})
+
+
+def merged(model: Any, folder: str) -> Any:
+    """A copy with an adapter's W + B A; srppo writes the scale into B."""
+    out, tensors = copy.deepcopy(model), load_file(Path(folder) / "adapter_model.safetensors")
+    for name in {n.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for n in tensors}:
+        a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        with torch.no_grad():
+            out.get_submodule(name).weight += b @ a
+    return out
 
 
 def engine_for(tmp_path: Path, *servers: FakeServer, patience: float = 5.0, rows: int = 4) -> VLLMServerEngine:

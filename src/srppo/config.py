@@ -164,7 +164,7 @@ def _explain(error: ValidationError) -> list[str]:
             found[".".join(parts)] = _unknown(".".join(parts))
             continue
         if item["type"] == "invalid_key":
-            name = ".".join([*parts[:-1], _shown(item["input"])])
+            name = ".".join([*parts[:-1], _spelt(item["input"])])
             found[name] = f"the key {name} is not text, so it is none of ours; `srppo config` lists them all"
             continue
         while parts and ".".join(parts) not in keys:
@@ -177,6 +177,14 @@ def _explain(error: ValidationError) -> list[str]:
         joined = " or ".join([wanted[key][0], *(m.removeprefix("Input should be ") for m in dict.fromkeys(wanted[key][1:]))])
         found[key] = f"{key}: {joined[0].lower()}{joined[1:]}, got {_shown(item['input'])}" if key else joined
     return list(found.values())
+
+
+def _spelt(key: Any) -> str:
+    """A key that is no text as YAML spells it."""
+    try:
+        return str(yaml.safe_dump(key)).split("\n")[0]
+    except (yaml.YAMLError, ValueError):
+        return _shown(key)
 
 
 def _shown(value: Any) -> str:

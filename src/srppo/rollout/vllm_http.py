@@ -68,6 +68,7 @@ class Connection:
         self._prefix = urlsplit(self.url).path
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._http = kind(host, port, timeout=TIMEOUT)
+        self._over = False
 
     @property
     def open(self) -> bool:
@@ -83,10 +84,14 @@ class Connection:
         if key := os.environ.get("VLLM_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         content = None if body is None else json.dumps(body)
+        if self._over:
+            raise Gone("hung up")
         try:
             self._http.timeout = timeout
-            if self._http.sock is not None:
-                self._http.sock.settimeout(timeout)
+            if self._http.sock is None:
+                self._http.connect()
+                _keep_alive(self._http.sock)
+            self._http.sock.settimeout(timeout)
             self._http.request("GET" if body is None else "POST", self._prefix + path, content, headers)
             answer = self._http.getresponse()
             raw = answer.read(LONGEST + 1)
@@ -120,6 +125,20 @@ class Connection:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         self._http.close()
+
+    def hang_up(self) -> None:
+        """Close for good. A thread that still holds the connection can ask nothing more, such as to load weights of a while ago."""
+        self._over = True
+        self.close()
+
+
+def _keep_alive(sock: Any) -> None:
+    """Let the kernel ask whether the other machine is still there: one that lost its network is then noticed in a minute and a half, not
+    after the longest answer's time."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):  # seconds, seconds, unanswered ones
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _said(text: str) -> str:

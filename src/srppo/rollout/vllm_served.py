@@ -75,6 +75,8 @@ class Server:
         return {entry["id"] for entry in entries}, limit if isinstance(limit, int) else None
 
     def _load(self, wanted: Wanted, line: Connection) -> None:
+        # Whatever ends this half-way, the server does not claim weights that it no longer has.
+        line.ask("/update_weight_version", {"new_version": f"{wanted.version}-unfinished"})
         try:
             line.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(wanted.weights)}})
         except Gone as error:

@@ -146,7 +146,7 @@ class VLLMServerEngine:
         finally:
             deal.stop()
             for line in lines:
-                line.close()
+                line.hang_up()
 
     def _ready(self, deal: Deal, server: Server, wanted: Wanted, line: Connection, tokens: int) -> bool:
         """Whether the server holds what is wanted: looked at on a new connection, with growing pauses while it is gone.
