@@ -99,7 +99,7 @@ class TorchEngine:
         """`generate` by any function that says the next token's logits, within `generating` for each model behind it.
 
         room: how many tokens a sequence may have, None for no limit.
-        Of several processes each decodes its share of the rows, and all get all; on_progress then speaks of the share.
+        Of several processes each decodes its share of the rows, and all get all; on_progress speaks of the share until all is there.
         """
         assert len(prompts) == len(seeds) and (prompt_index is None or len(prompt_index) == len(prompts))
         rows = [tuple(p) for p in prompts]
@@ -116,6 +116,8 @@ class TorchEngine:
             return share, *limits.within("rollout.batch_size", self.batch_size, 1, decode)
 
         decoded = here.each(decode_share)
+        if on_progress is not None and not here.alone:
+            on_progress(len(rows), len(rows))
         tokens = torch.zeros(len(rows), limit, dtype=torch.int64)
         logprobs = torch.zeros(len(rows), limit, dtype=torch.float32)
         for part, own_tokens, own_logprobs in decoded:
