@@ -31,7 +31,7 @@ NETWORK_ELSE = 12.5e9 / 8
 ATTAINED_LINK = 0.8  # of a peak: 235 of 300 and 376 of 450 GB/s were measured (the same page; github.com/NVIDIA/nccl/issues/1264)
 # A step of a ring and a start, seconds: what NCCL's own tuning model takes (github.com/NVIDIA/nccl, src/graph/tuning.cc: ring, simple).
 HOP_NVLINK, HOP_PCIE, HOP_NETWORK, CALL = 3.4e-6, 5.7e-6, 14.0e-6, 8.4e-6
-GLOO = Links(1.0e9, 1.0e9, 1e-4, 1e-4, 1e-4, "gloo on one machine, assumed")
+GLOO = Links(0.36e9, 0.36e9, 1e-4, 1e-4, 4e-4, "gloo on one machine: .36 GB/s a process, as once measured")  # benchmarks/parallel.py
 
 
 def links_of(card: str, gpus: int, network: float | None = None) -> Links:
