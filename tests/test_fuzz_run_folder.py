@@ -196,6 +196,7 @@ def test_lines(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None
         ("metrics.jsonl", {"stage": ["ppo"], "iteration": "x", "timing/update": {}, "objective/kl": 10**400}),
         ("samples.jsonl", {"stage": "ppo", "iteration": [1]}),
         ("evaluation/srppo.jsonl", {"group": GROUPS[0], "row": [], "prompt": {}, "sampled": 3, "sampled_scores": ["x"]}),
+        ("evaluation/srppo.jsonl", {"group": GROUPS[0], "row": 1, "prompt": "p", "sampled_scores": [None, None]}),
         ("data.json", json.loads("[" * 300 + "]" * 300)),
     ],
 )
