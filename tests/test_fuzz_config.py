@@ -74,7 +74,7 @@ def test_any_bytes(place: Path, content: bytes) -> None:
     check(path)
 
 
-@bounded(90)
+@bounded(70)
 @given(data=st.data())
 def test_any_value_anywhere(place: Path, data: st.DataObject) -> None:
     values = spoil(data, yaml.safe_load(WHOLE))
@@ -91,7 +91,7 @@ def test_any_yaml_like_text(place: Path, text: str) -> None:
     check(path)
 
 
-@bounded(150)
+@bounded(100)
 @given(key=st.sampled_from([leaf.key for leaf in leaves()]), text=st.one_of(TEXTS, VALUES.map(str)))
 @example(key="ppo.clip", text="[" * 2000)
 @example(key="seed", text="9" * 5000)
@@ -105,7 +105,7 @@ def test_any_flag(key: str, text: str) -> None:
     assert "Traceback" not in result.output
 
 
-@bounded(100)
+@bounded(60)
 @given(data=st.data())
 def test_the_config_of_a_run_folder(place: Path, data: st.DataObject) -> None:
     content = data.draw(damaged(WHOLE)) if data.draw(st.booleans()) else yaml.safe_dump(spoil(data, yaml.safe_load(WHOLE))).encode()

@@ -93,7 +93,7 @@ def test_any_bytes_as_jsonl(place: Path, content: bytes, chat: str) -> None:
     check(path, chat)
 
 
-@bounded(200)
+@bounded(140)
 @given(rows=st.lists(ROW, min_size=1, max_size=5), chat=st.sampled_from(sorted(CHATS)), kind=st.sampled_from(["jsonl", "json"]))
 @example(rows=[{"prompt": "a", "completion": "b", "group": 10**5000}], chat="plain", kind="jsonl")
 @example(rows=[{"question": "a", "answer": 10**5000}, {"question": "a", "answer": "b"}], chat="plain", kind="jsonl")
@@ -108,7 +108,7 @@ def test_any_rows(place: Path, rows: list[dict[str, Any]], chat: str, kind: str)
     check(path, chat)
 
 
-@bounded(240)
+@bounded(160)
 @given(data=st.data())
 def test_any_value_anywhere(place: Path, data: st.DataObject) -> None:
     row = spoil(data, data.draw(st.sampled_from(ROWS)), VALUES | MESSAGE)

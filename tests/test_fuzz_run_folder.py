@@ -86,7 +86,7 @@ def show(run: Path) -> Page:
     return page
 
 
-@bounded(35)
+@bounded(24)
 @given(data=st.data())
 def test_the_page_of_any_run(finished: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([*SHOWN, "evaluation/srppo.jsonl", "evaluation/sft.jsonl"]))
@@ -99,7 +99,7 @@ def test_the_page_of_any_run(finished: Path, data: st.DataObject) -> None:
         path.write_bytes(whole)
 
 
-@bounded(3)
+@bounded(2)
 @given(data=st.data())
 def test_the_plots_of_any_run(finished: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["metrics.jsonl", "summary.json", "diagnose.json"]))
@@ -112,7 +112,7 @@ def test_the_plots_of_any_run(finished: Path, data: st.DataObject) -> None:
         path.write_bytes(whole)
 
 
-@bounded(60)
+@bounded(40)
 @given(data=st.data())
 def test_the_page_of_an_unfinished_run(finished: Path, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     run = tmp_path_factory.getbasetemp() / "unfinished"
@@ -196,6 +196,7 @@ def test_lines(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None
         ("metrics.jsonl", {"stage": ["ppo"], "iteration": "x", "timing/update": {}, "objective/kl": 10**400}),
         ("samples.jsonl", {"stage": "ppo", "iteration": [1]}),
         ("evaluation/srppo.jsonl", {"group": GROUPS[0], "row": [], "prompt": {}, "sampled": 3, "sampled_scores": ["x"]}),
+        ("evaluation/srppo.jsonl", {"group": GROUPS[0], "row": 1, "prompt": "p", "sampled_scores": [None, None]}),
         ("data.json", json.loads("[" * 300 + "]" * 300)),
     ],
 )

@@ -18,8 +18,9 @@ _DROPPED = object()
 
 
 def fitted(value: Any, shape: Any) -> tuple[Any, list[str]]:
-    """value without the parts that do not fit (null fits everywhere), and where those were: "groups.all.n: text, not a number".
+    """value without the parts that do not fit, and where those were: "groups.all.n: text, not a number".
 
+    Null fits everywhere but in a list of one kind.
     What a dict lacks is not missed. None where the value as a whole does not fit.
     """
     wrong: list[str] = []
@@ -43,7 +44,9 @@ def _fit(value: Any, shape: Any, path: str, depth: int, wrong: list[str]) -> Any
     if isinstance(value, list) and (shape is ANY or isinstance(shape, list)):
         inner = ANY if shape is ANY else shape[0]
         items = [_fit(item, inner, f"{path}[{i}]", depth + 1, wrong) for i, item in enumerate(value)]
-        return [item for item in items if item is not _DROPPED]
+        if inner is not ANY and None in items:
+            wrong.append(f"{path or 'all of it'}: null among its items")
+        return [item for item in items if item is not _DROPPED and (item is not None or inner is ANY)]
     if _is(value, shape) or (shape is ANY and any(_is(value, kind) for kind in (NUMBER, TEXT, SWITCH))):
         return value
     wrong.append(f"{path or 'all of it'}: {_kind(value)}, not {_wanted(shape)}")
