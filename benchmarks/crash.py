@@ -20,6 +20,7 @@ import json
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -64,10 +65,14 @@ LIBRARIES = (
     "peft",
     "matplotlib.pyplot",
     "torch.distributed.checkpoint",
+    "srppo.train.checkpoint_storage",
     "transformers.models.llama.modeling_llama",
     "rich.table",
 )
-CLOCKS = ("timing/", "memory/", "seconds", "wall_seconds", "peak_rss_mb", "stage_seconds", "versions")
+# Stages whose outcome says that a phase will not come again.
+OVER = {"SFT": "sft", "reward card": "diagnose", "moving the start": "diagnose", "continued SFT": "sft_continued"}
+OVER |= dict.fromkeys(("rollout", "scoring", "update", "guard"), "ppo")
+CLOCKS = ("timing/", "memory/", "comm/", "seconds", "wall_seconds", "peak_rss_mb", "stage_seconds", "versions")
 
 
 class Told:
@@ -231,20 +236,37 @@ def without_clocks(value: Any) -> Any:
 
 
 def fingerprint(run: Path) -> dict[str, str]:
-    """What a run has left, by file: a hash of its bytes, or of its records without clocks. Of other files the name alone."""
-    out = {}
+    """What a run has left, by file: a hash of its bytes, or of its records without clocks. Of other files the name alone.
+
+    Tensors of checkpoints are taken by group: which process writes one that all have alike is left to chance.
+    """
+    out, groups = {}, dict[str, list[str]]()
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name, content = str(path.relative_to(run)), b""
         if name.startswith("checkpoints/"):
-            content = path.read_bytes() if path.suffix == ".safetensors" else b""
+            if path.suffix == ".safetensors":
+                groups.setdefault(re.sub(r"-\d+\.safetensors$", "", name), []).extend(tensors(path))
         elif path.suffix == ".safetensors" or path.name in ("README.md", "config.json", "adapter_config.json"):
             content = path.read_bytes()
         elif path.suffix == ".jsonl":
             content = json.dumps([without_clocks(json.loads(line)) for line in path.read_text().splitlines()]).encode()
         elif name in ("summary.json", "data.json", "diagnose.json") or name.startswith("stages/"):
             content = json.dumps(without_clocks(json.loads(path.read_text()))).encode()
-        out[name] = hashlib.blake2b(content, digest_size=8).hexdigest()
-    return out
+        out[name] = digest(content)
+    return out | {f"{group} (tensors)": digest(json.dumps(sorted(found)).encode()) for group, found in groups.items()}
+
+
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def tensors(path: Path) -> list[str]:
+    """Name, kind and hash of each tensor in a safetensors file."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = {name: about for name, about in json.loads(content[8:start]).items() if name != "__metadata__"}
+    place = {name: slice(*(start + offset for offset in about["data_offsets"])) for name, about in header.items()}
+    return [f"{name} {about['dtype']} {about['shape']} {digest(content[place[name]])}" for name, about in header.items()]
 
 
 @dataclass
@@ -354,7 +376,8 @@ def _one_run(
             if code := wait(start(case.recipe, run, told, None, case.processes)):
                 raise SystemExit(f"{case.name}: a resumed run failed with exit code {code}; see {run}.log")
             break
-        phase = min(sorted(case.typical), key=lambda p: ((hit[p] + aimed[p] / 4) / WEIGHTS.get(p, 1.0), rng.random()))
+        ahead = [p for p in sorted(case.typical) if p not in OVER or not (run / f"stages/{OVER[p]}.json").exists()]
+        phase = min(ahead, key=lambda p: ((hit[p] + aimed[p] / 4) / WEIGHTS.get(p, 1.0), rng.random()))
         aimed[phase] += 1  # some phases never come again in what is left of a run
         nth = 1 if phase in ("loading", "report") else rng.randint(1, 3)
         delay = rng.random() * rng.choice(case.typical[phase])
