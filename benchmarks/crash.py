@@ -1,12 +1,13 @@
 """Killed runs: real `srppo align` processes die by SIGKILL at chosen moments, again and again, and must end as if nothing had happened.
 
-    python -m benchmarks.crash [--kills 60] [--seed 0]
+    python -m benchmarks.crash [--kills 60] [--seed 0] [--processes 1]
 
 An undisturbed run says what is right: the weights of every model, the records of metrics.jsonl and samples.jsonl, the answers of the
-evaluations, the outcomes of the stages and the list of files. Then runs of the same recipe are killed (the whole process group), resumed
+evaluations, the outcomes of the stages and the list of files. Then runs of the same recipe are killed (all processes at once), resumed
 and killed again until they end, and compared with it: only clocks and memory may differ. Each kill is aimed at a phase (the one hit least
-so far) and falls somewhere in it, by chance. Nothing in srppo knows of this: the processes are forked from this one, which has loaded
-the libraries, and functions of theirs are wrapped to tell in shared memory which phase they are in. Needs Linux or macOS.
+so far) and falls somewhere in it, by chance. Nothing in srppo knows of this: the processes are forked from this one, which has loaded the
+libraries, and functions of theirs are wrapped to tell in shared memory which phase they are in. With --processes N each run is N processes
+that share the weights, as torchrun would start them; the first tells the phase. Needs Linux or macOS.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import json
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -28,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from srppo.config import build, dump, load_recipe, merge
 from srppo.lab.world import recipe, write_world
@@ -62,10 +65,14 @@ LIBRARIES = (
     "peft",
     "matplotlib.pyplot",
     "torch.distributed.checkpoint",
+    "srppo.train.checkpoint_storage",
     "transformers.models.llama.modeling_llama",
     "rich.table",
 )
-CLOCKS = ("timing/", "memory/", "seconds", "wall_seconds", "peak_rss_mb", "stage_seconds", "versions")
+# Stages whose outcome says that a phase will not come again.
+OVER = {"SFT": "sft", "reward card": "diagnose", "moving the start": "diagnose", "continued SFT": "sft_continued"}
+OVER |= dict.fromkeys(("rollout", "scoring", "update", "guard"), "ppo")
+CLOCKS = ("timing/", "memory/", "comm/", "seconds", "wall_seconds", "peak_rss_mb", "stage_seconds", "versions")
 
 
 class Told:
@@ -123,16 +130,34 @@ def _telling(inner: Callable[..., Any], phase: str, told: Told, spent: dict[str,
     return telling
 
 
-def start(recipe_file: Path, output: Path, told: Told, times: Path | None = None) -> int:
-    """`srppo align RECIPE --output OUTPUT --resume` in a process and group of its own. times: where the phases' seconds go."""
+def start(recipe_file: Path, output: Path, told: Told, times: Path | None = None, processes: int = 1) -> list[int]:
+    """`srppo align RECIPE --output OUTPUT --resume` in so many processes, in a group of their own. times: where the phases' seconds go."""
     told.clear()
     sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
+    world: dict[str, str] = {}
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pids: list[int] = []
+    for rank in range(processes):
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, pids[0] if pids else 0)
+            if world:
+                os.environ |= world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            _run(recipe_file, output, told if rank == 0 else Told(), times if rank == 0 else None)
+        pids.append(pid)
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # whoever is first
+            os.setpgid(pid, pids[0])
+    return pids
+
+
+def _run(recipe_file: Path, output: Path, told: Told, times: Path | None) -> NoReturn:
+    """In a forked process."""
     code = 70
     try:
-        os.setsid()
         log = os.open(f"{output}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -151,42 +176,51 @@ def start(recipe_file: Path, output: Path, told: Told, times: Path | None = None
         os._exit(code)
 
 
-def ended(pid: int) -> int | None:
-    """The exit code of a process; None while it runs, minus the signal where one killed it."""
-    done, status = os.waitpid(pid, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if done else None
+def ended(pids: list[int]) -> int | None:
+    """The first process's exit code; None while it runs, minus the signal where one killed it. With it the others are over too."""
+    done, status = os.waitpid(pids[0], os.WNOHANG)
+    if not done:
+        return None
+    for other in pids[1:]:
+        os.waitpid(other, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
-def wait(pid: int) -> int:
+def kill(pids: list[int]) -> int:
+    """Kill a run's processes, all at once. The first one's exit code."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pids[0], signal.SIGKILL)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return codes[0]
+
+
+def wait(pids: list[int]) -> int:
     end = time.monotonic() + PATIENCE
-    while (code := ended(pid)) is None:
+    while (code := ended(pids)) is None:
         if time.monotonic() > end:
-            os.killpg(pid, signal.SIGKILL)
+            kill(pids)
             raise SystemExit("a run takes too long")
         time.sleep(0.005)
     return code
 
 
-def kill_in(pid: int, told: Told, phase: str, nth: int, delay: float) -> str | None:
+def kill_in(pids: list[int], told: Told, phase: str, nth: int, delay: float) -> str | None:
     """Kill a run `delay` seconds after it has entered a phase for the nth time. The phase it died in; None where it ended before."""
     end = time.monotonic() + PATIENCE
     while True:
-        if (code := ended(pid)) is not None:
+        if (code := ended(pids)) is not None:
             if code:
                 raise SystemExit(f"a run failed with exit code {code}")
             return None
         if time.monotonic() > end:
-            os.killpg(pid, signal.SIGKILL)
+            kill(pids)
             raise SystemExit("a run takes too long")
         _, _, entered = told.read()
         if entered.get(phase, 0) >= nth:
             break
         time.sleep(0.0005)
     time.sleep(delay)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
+    code = kill(pids)
     if code == 0:
         return None
     if code != -signal.SIGKILL:
@@ -202,20 +236,37 @@ def without_clocks(value: Any) -> Any:
 
 
 def fingerprint(run: Path) -> dict[str, str]:
-    """What a run has left, by file: a hash of its bytes, or of its records without clocks. Of other files the name alone."""
-    out = {}
+    """What a run has left, by file: a hash of its bytes, or of its records without clocks. Of other files the name alone.
+
+    Tensors of checkpoints are taken by group: which process writes one that all have alike is left to chance.
+    """
+    out, groups = {}, dict[str, list[str]]()
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name, content = str(path.relative_to(run)), b""
         if name.startswith("checkpoints/"):
-            content = path.read_bytes() if path.suffix == ".safetensors" else b""
+            if path.suffix == ".safetensors":
+                groups.setdefault(re.sub(r"-\d+\.safetensors$", "", name), []).extend(tensors(path))
         elif path.suffix == ".safetensors" or path.name in ("README.md", "config.json", "adapter_config.json"):
             content = path.read_bytes()
         elif path.suffix == ".jsonl":
             content = json.dumps([without_clocks(json.loads(line)) for line in path.read_text().splitlines()]).encode()
         elif name in ("summary.json", "data.json", "diagnose.json") or name.startswith("stages/"):
             content = json.dumps(without_clocks(json.loads(path.read_text()))).encode()
-        out[name] = hashlib.blake2b(content, digest_size=8).hexdigest()
-    return out
+        out[name] = digest(content)
+    return out | {f"{group} (tensors)": digest(json.dumps(sorted(found)).encode()) for group, found in groups.items()}
+
+
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def tensors(path: Path) -> list[str]:
+    """Name, kind and hash of each tensor in a safetensors file."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = {name: about for name, about in json.loads(content[8:start]).items() if name != "__metadata__"}
+    place = {name: slice(*(start + offset for offset in about["data_offsets"])) for name, about in header.items()}
+    return [f"{name} {about['dtype']} {about['shape']} {digest(content[place[name]])}" for name, about in header.items()]
 
 
 @dataclass
@@ -224,6 +275,7 @@ class Case:
 
     name: str
     recipe: Path
+    processes: int = 1
     right: dict[str, str] = field(default_factory=dict)  # fingerprint of the undisturbed run
     typical: dict[str, list[float]] = field(default_factory=dict)  # seconds of each call, by phase
     seconds: float = 0.0  # that it took
@@ -283,7 +335,7 @@ def crash(cases: list[Case], folder: Path, kills: int, seed: int, say: Callable[
     for case in cases:
         began, times = time.monotonic(), folder / "times.json"
         run = folder / f"{case.recipe.stem}-undisturbed"
-        if wait(start(case.recipe, run, told, times)):
+        if wait(start(case.recipe, run, told, times, case.processes)):
             raise SystemExit(f"{case.name}: the undisturbed run failed; see {run}.log")
         case.seconds, case.right = time.monotonic() - began, fingerprint(run)
         case.typical = json.loads(times.read_text())
@@ -304,6 +356,7 @@ def crash(cases: list[Case], folder: Path, kills: int, seed: int, say: Callable[
             for c in cases
         ],
         "seed": seed,
+        "processes": cases[0].processes,
     }
 
 
@@ -320,15 +373,16 @@ def _one_run(
     run, killed = folder / f"{case.recipe.stem}-{case.runs}", 0
     while True:
         if hit.total() >= kills:
-            if code := wait(start(case.recipe, run, told)):
+            if code := wait(start(case.recipe, run, told, None, case.processes)):
                 raise SystemExit(f"{case.name}: a resumed run failed with exit code {code}; see {run}.log")
             break
-        phase = min(sorted(case.typical), key=lambda p: ((hit[p] + aimed[p] / 4) / WEIGHTS.get(p, 1.0), rng.random()))
+        ahead = [p for p in sorted(case.typical) if p not in OVER or not (run / f"stages/{OVER[p]}.json").exists()]
+        phase = min(ahead, key=lambda p: ((hit[p] + aimed[p] / 4) / WEIGHTS.get(p, 1.0), rng.random()))
         aimed[phase] += 1  # some phases never come again in what is left of a run
         nth = 1 if phase in ("loading", "report") else rng.randint(1, 3)
         delay = rng.random() * rng.choice(case.typical[phase])
         try:
-            where = kill_in(start(case.recipe, run, told), told, phase, nth, delay)
+            where = kill_in(start(case.recipe, run, told, None, case.processes), told, phase, nth, delay)
         except SystemExit as error:
             raise SystemExit(f"{case.name}: {error}; see {run}.log") from None
         if where is None:
@@ -358,10 +412,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--recipe", action="append", help="instead of the embedded world's; may be given more than once")
     parser.add_argument("--work", help="where the runs lie; by default a temporary folder")
-    parser.add_argument("--output", default=str(RESULTS))
+    parser.add_argument("--output", help="by default in benchmarks/results")
     given = parser.parse_args(arguments)
+    output = Path(given.output or (RESULTS if given.processes == 1 else RESULTS.with_name(f"crash_{given.processes}.json")))
     ours = {place.partition(":")[0] for places in PHASES.values() for place in places} | {"srppo.job", "srppo.cli"}
     for name in [*LIBRARIES, *sorted(ours)]:  # now, so that all runs are of one version, and start quickly
         importlib.import_module(name)
@@ -372,8 +428,10 @@ def main(arguments: list[str] | None = None) -> int:
                 load_recipe(str(case.recipe))
         else:
             cases = lab_cases(folder, given.seed)
+        for case in cases:
+            case.processes = given.processes
         result = crash(cases, folder, given.kills, given.seed, lambda text: print(text, flush=True))
-    Path(given.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     width = max(map(len, result["by_phase"]))
     print(f"\n{'phase':<{width}}  kills")
     for phase, count in result["by_phase"].items():

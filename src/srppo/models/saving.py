@@ -87,6 +87,9 @@ def save_adapter(model: PeftModel, role: str, folder: str | Path) -> None:
     )
     config = copy.deepcopy(model.peft_config[role])
     config.inference_mode = True
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # whose order differs from process to process
+            setattr(config, name, sorted(value))
     config.save_pretrained(str(folder))
 
 

@@ -104,7 +104,7 @@ class Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         groups: dict[str, list[WriteItem]] = {}
-        for item in plan.items:
+        for item in sorted(plan.items, key=lambda item: item.index.fqn):  # the same file whatever order the tensors came in
             assert item.tensor_data is not None, f"{item.index.fqn} is no tensor"
             if math.prod(item.tensor_data.chunk.sizes):
                 groups.setdefault(item.index.fqn.split("/", 1)[0], []).append(item)
