@@ -50,14 +50,14 @@ def diagnosis_stage(space: Workspace) -> Workspace:
 
 def card_outcome(space: Workspace) -> dict[str, Any] | None:
     """What the finished stage says: verdict, reasons, decision; None before it. Raises RunFolderError where its file is damaged."""
-    done = outcome(space, STAGE)
+    cure = "put it back, or begin anew with --overwrite" if ppo_begun(space) else "delete it, and --resume makes the reward card anew"
+    done = outcome(space, STAGE, cure)
     if done is None:
         return None
     decision = done.get("decision") if isinstance(done, dict) else None
     whole = isinstance(decision, dict) and {"start", "numerator", "beta", "automatic"} <= set(decision)
     if not whole or not isinstance(done.get("reasons"), list) or "verdict" not in done:
         file = space.run.path / f"stages/{STAGE}.json"
-        cure = "put it back, or begin anew with --overwrite" if ppo_begun(space) else "delete it, and --resume makes the reward card anew"
         raise RunFolderError(f"{file}: damaged (it says no decision of the reward card); {cure}")
     return done
 

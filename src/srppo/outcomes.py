@@ -41,8 +41,8 @@ _PLACE = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # of a checkpoint, b
 CURE = "put the file back as it was, or begin anew with --overwrite"
 
 
-def read_outcome(path: Path, name: str) -> dict[str, Any]:
-    """stages/<name>.json. Raises RunFolderError where it is not what a finished stage leaves."""
+def read_outcome(path: Path, name: str, cure: str = CURE) -> dict[str, Any]:
+    """stages/<name>.json. Raises RunFolderError, which ends with the cure, where it is not what a finished stage leaves."""
     content = read_json(path)
     kind = name.split("-", 1)[0]
     found, wrong = fitted(content, _SHAPES.get(kind, {"*": ANY}))
@@ -56,7 +56,7 @@ def read_outcome(path: Path, name: str) -> dict[str, Any]:
         named += [(found.get("held"), "held")] + [(_dict(found.get("decision")).get(k), k) for k in ("start", "numerator")]
         wrong += [f"{key}: {text[:80]!r} is no checkpoint of this run" for text, key in named if text is not None and not _inside(text)]
     if wrong:
-        raise RunFolderError(f"{path}: damaged ({_few(wrong)}); {CURE}")
+        raise RunFolderError(f"{path}: damaged ({_few(wrong)}); {cure}")
     assert isinstance(found, dict)
     return found
 

@@ -11,7 +11,7 @@ from srppo.card import model_card
 from srppo.evaluate import Answers, Evaluation, GroupResult, evaluate, limit_per_group, lost_and_gained
 from srppo.files import write_lines
 from srppo.methods.srppo import first_beta
-from srppo.outcomes import read_answers, read_outcome
+from srppo.outcomes import CURE, read_answers, read_outcome
 from srppo.records import Rollout
 from srppo.retention import base_answers, forgetting
 from srppo.titles import stage_titles
@@ -31,10 +31,10 @@ _ANSWERS: WeakKeyDictionary[Workspace, Rollout] = WeakKeyDictionary()
 ROLE_OF_STAGE = {"base": "base", "sft": "sft", CONTINUED: CONTINUED, "srppo": "policy"}
 
 
-def outcome(space: Workspace, name: str) -> dict[str, Any] | None:
-    """What a finished stage left, or None. Raises RunFolderError where that is damaged."""
+def outcome(space: Workspace, name: str, cure: str = CURE) -> dict[str, Any] | None:
+    """What a finished stage left, or None. Raises RunFolderError where that is damaged, which ends with the cure."""
     file, run = f"stages/{name}.json", space.run
-    return world().once(lambda: read_outcome(run.path / file, name) if run.has(file) else None)
+    return world().once(lambda: read_outcome(run.path / file, name, cure) if run.has(file) else None)
 
 
 def finish(space: Workspace, name: str, content: dict[str, Any]) -> dict[str, Any]:

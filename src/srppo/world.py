@@ -182,9 +182,11 @@ def _dist() -> Any:
 
 def _leave() -> None:
     """At the end of a process: part from the others, unless something went wrong and they may not answer."""
-    if _WATCH is not None and not _WATCH.over:
+    if _WATCH is not None:
+        well = not _WATCH.over
         _WATCH.stop()
-        _dist().destroy_process_group()
+        if well:
+            _dist().destroy_process_group()
 
 
 @contextmanager
@@ -219,7 +221,8 @@ class _Watch:
         self._here, self._over = here, threading.Event()
         self.over = False
         self._telling, self._looking = (self._connect() for _ in range(2))
-        threading.Thread(target=self._look, name="srppo-watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._look, name="srppo-watch", daemon=True)
+        self._thread.start()
 
     @staticmethod
     def _connect() -> TCPStore:
@@ -228,8 +231,10 @@ class _Watch:
         return store
 
     def stop(self) -> None:
+        """End the thread. One that were still inside the store when Python ends would take the process down with SIGABRT."""
         self.over = True
         self._over.set()
+        self._thread.join(timeout=10)
 
     def failed(self, error: BaseException) -> int | None:
         """Tell the others. Of an error that rank 0 has too, `told` is set: it says it. Returns who failed before, if another did."""
