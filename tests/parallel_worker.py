@@ -1,7 +1,8 @@
 """Started by torchrun with a JSON file of tiny jobs, which it does one after the other: see test_parallel.py.
 
 A job: folder (with the materials), kind, output, changes (of the configuration), resume, stop (at the so-many-th safe point), what
-(align or another of srppo.job), fail (rank that raises in the middle), kill (rank that is killed there).
+(align or another of srppo.job), fail (rank that raises in the middle), kill (rank that is killed there),
+memory (in what rank 1 has no memory left).
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import srppo.workspace
 from srppo import job
 from srppo.progress import make_progress
+from srppo.train import supervised, update
 from srppo.train.interrupt import Interrupt, Interrupted
 from srppo.world import world, world_of_run
 from tiny_job import tiny_job
@@ -44,6 +48,17 @@ def do(spec: dict[str, Any]) -> None:
         job.continued_stage = broken
     if spec.get("kill") == world().rank:
         job.continued_stage = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    if spec.get("memory") and world().rank == 1:
+        module = supervised if spec["memory"] == "sft" else update
+        name = "cross_entropy" if spec["memory"] == "sft" else "clipped_surrogate"
+
+        def out_of_memory(*_: Any) -> Any:
+            raise torch.OutOfMemoryError("no memory left")
+
+        setattr(module, name, out_of_memory)
+    if spec.get("what") == "run_evaluate":
+        job.run_evaluate(config.output, config, progress=make_progress("quiet"))
+        return
     try:
         getattr(job, spec.get("what", "align"))(config, resume=spec.get("resume", False), progress=make_progress("quiet"))
     except Interrupted as error:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from srppo.errors import TrainingStopped
+from srppo.errors import MemoryRanOut, TrainingStopped
 from srppo.memory_limit import MemoryLimits, limits, ran_out
 from srppo.models import roles as roles_module
 from srppo.records import LossOutput, TokenBatch
@@ -59,7 +59,7 @@ def test_what_cannot_be_halved_or_begun_again_is_an_error() -> None:
     with pytest.raises(TrainingStopped, match=r"sft.micro_batch_tokens 12, when one row .*out of memory.*srppo plan"):
         known.within("sft.micro_batch_tokens", 50, 20, never)
     known.begin(apart=False)
-    with pytest.raises(TrainingStopped, match=r"one of several processes that share the weights .*lower sft.micro_batch_tokens"):
+    with pytest.raises(MemoryRanOut, match=r"one of several processes that share the weights .*lower sft.micro_batch_tokens"):
         known.within("sft.micro_batch_tokens", 50, 20, never)
 
 

@@ -12,13 +12,17 @@ from typing import Any
 
 import pytest
 
-from srppo.train.interrupt import Interrupt, Interrupted
+from srppo.train.interrupt import Interrupted
 from tiny_job import StopAt, metrics, run, tiny_job, weights
+from tiny_vllm import FakeServer
 
 HERE = Path(__file__).parent
 SMALL: dict[str, Any] = {"sft__micro_batch_tokens": 32, "ppo__micro_batch_tokens": 32}  # several micro-batches a step
 LAST = {"guard__keep": "last"}  # the guard would keep the SFT, which shows nothing of PPO
 LEAST = {"tuning__critic": "least_squares", "ppo__minibatches": 1, "ppo__epochs": 1}
+
+
+SHORT = {"diagnose__enabled": False, "guard__every": 0, "ppo__iterations": 2, "evaluation__continued_sft": False}
 
 
 def launch(jobs: list[dict[str, Any]], folder: Path, processes: int = 2, timeout: float = 400) -> subprocess.CompletedProcess[str]:
@@ -55,8 +59,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("one-then-two", "full", resume=True),
         job("two-then-one", "full", stop=34),
         job("two-full", "full", what="run_diagnose", resume=True),
+        job("two-lora", "lora", what="run_evaluate"),
     ]
-    result = launch(jobs, folder)
+    with FakeServer() as server:
+        served = {"rollout__engine": "vllm", "rollout__server": server.url}
+        jobs += [job(f"two-served-{kind}", kind, changes=served | SHORT) for kind in ("full", "lora")]
+        result = launch(jobs, folder)
+        server.shutdown()
     assert result.returncode == 0, result.stderr[-4000:]
     run(tiny_job(folder, kind="full", output=str(folder / "two-then-one"), **LAST), resume=True)
     return folder
@@ -121,6 +130,18 @@ def test_copies_of_two_processes_each(tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_vllm_server_is_asked_by_one_of_them(kind: str, done: Path) -> None:
+    """Whose answers are those of the weights that the processes hold between them."""
+    records = metrics(done / f"two-served-{kind}")
+    assert len(records) == 2 and records[1]["rollout/max_abs"] < 1e-4  # in the first the critic alone is trained
+
+
+def test_evaluating_again_finds_the_same(done: Path) -> None:
+    one, two = (json.loads((done / name / "stages/evaluate-srppo.json").read_text()) for name in ("one-lora", "two-lora"))
+    assert one["groups"] == two["groups"] and one["heldout_nll"] == pytest.approx(two["heldout_nll"], rel=1e-5)
+
+
 def test_the_card_is_made_by_all(done: Path) -> None:
     one, two = (json.loads((done / name / "diagnose.json").read_text()) for name in ("one-full", "two-full"))
     assert one["verdict"] == two["verdict"] and one["decision"]["start"] == two["decision"]["start"]
@@ -136,13 +157,20 @@ def test_an_error_in_one_process_ends_all(done: Path) -> None:
     assert time.monotonic() - started < 100
 
 
+@pytest.mark.parametrize("stage", ["sft", "update"])
+def test_memory_that_runs_out_in_one_process_ends_all(stage: str, done: Path) -> None:
+    """In the middle of a step, in which the other waits for it."""
+    started = time.monotonic()
+    job = {"folder": str(done), "kind": "full", "output": str(done / f"memory-{stage}"), "memory": stage, "changes": SHORT}
+    result = launch([job], done, timeout=120)
+    assert result.returncode != 0 and "process 1: memory ran out" in result.stderr
+    assert "[rank" not in result.stderr, "a traceback of one of ours"
+    assert time.monotonic() - started < 100
+
+
 def test_a_killed_process_ends_all(done: Path) -> None:
     started = time.monotonic()
     result = launch([{"folder": str(done), "kind": "full", "output": str(done / "killed"), "kill": 1}], done, timeout=120)
     assert result.returncode != 0 and "another process of the run is gone" in result.stderr
     assert "[rank" not in result.stderr, "a traceback of one of ours"
     assert time.monotonic() - started < 100
-
-
-def test_plain_interrupt_is_not_agreed_with_anyone() -> None:
-    Interrupt().check()

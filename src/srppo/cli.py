@@ -207,7 +207,9 @@ def diagnose(
 
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what a scoring function or a library prints is not the card
         card = run_diagnose(config, resume=resume, overwrite=overwrite, progress=report)
-    if as_json:
+    from srppo.world import world
+
+    if as_json and world().main:
         import json
 
         from srppo.files import plain

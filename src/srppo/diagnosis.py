@@ -70,7 +70,7 @@ def make_card(space: Workspace) -> RewardCard:
     """
     loaded, config = space.loaded, (_as_used(space) if ppo_begun(space) else space.config)
     try:
-        card = diagnose(
+        made = diagnose(
             loaded.roles,
             checkpoints(space),
             loaded.demonstrations.heldout,
@@ -86,6 +86,7 @@ def make_card(space: Workspace) -> RewardCard:
         )
     except StopRequested:
         raise Interrupted("stopped while the reward card was made, which --resume starts again; finished stages are saved") from None
+    card = world().share(made)  # what is decided by it is decided alike
     if ppo_begun(space):  # what an earlier card chose is still its choice
         found = card_outcome(space)
         card = replace(card, decision=replace(card.decision, automatic=found["decision"]["automatic"] if found else []))

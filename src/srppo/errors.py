@@ -48,13 +48,19 @@ class RunFolderError(SrppoError):
 
 
 class LostProcess(SrppoError):
-    """Another process of the run failed, by an error that could not be handed on as it was."""
+    """Another process of the run failed or is gone."""
 
-    exit_code = 1
+    exit_code = 5
 
 
 class TrainingStopped(SrppoError):
     """Training was stopped on purpose (repeated non-finite steps, interruption); the state was saved first."""
+
+    exit_code = 3
+
+
+class MemoryRanOut(SrppoError):
+    """Memory ran out in one of several processes, which can save nothing without the others."""
 
     exit_code = 3
 

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import torch
 
-from srppo.errors import TrainingStopped
+from srppo.errors import MemoryRanOut, TrainingStopped
+from srppo.world import world
 
 T = TypeVar("T")
 SIGNS = ("can't allocate memory", "DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -45,7 +46,8 @@ class MemoryLimits:
     def within(self, key: str, asked: int, least: int, work: Callable[[int], T]) -> T:
         """work(size), again with half of it for as long as memory runs out. It must be such that it can begin anew.
 
-        least: a size that cannot be divided: one row's tokens, or one row. Raises TrainingStopped where that does not fit either.
+        least: a size that cannot be divided: one row's tokens, or one row. Raises TrainingStopped where that does not fit either,
+        MemoryRanOut where it cannot begin anew.
         """
         while True:
             size = self.size(key, asked)
@@ -57,11 +59,12 @@ class MemoryLimits:
                 reason = " ".join(str(error).split())[:200]
             # Only here, where the error is gone, is what it held gone too.
             if not self._apart:
-                raise TrainingStopped(
-                    f"memory ran out with {key} {size}, in one of several processes that share the weights ({reason}); lower {key}"
+                raise MemoryRanOut(
+                    f"memory ran out with {key} {size}, in one of several processes that share the weights ({reason}); lower {key} and "
+                    "continue with --resume"
                 )
             if size <= least:
-                raise TrainingStopped(
+                raise (TrainingStopped if world().alone else MemoryRanOut)(
                     f"memory ran out with {key} {size}, when {'one row was' if least > 1 else 'what cannot be halved was'} worked on "
                     f"({reason}); `srppo plan` says what would make room, such as shorter rows or tuning.kind lora"
                 )

@@ -360,4 +360,5 @@ class ParallelConfig(Section):
     """Of several processes (torchrun), how many hold one copy of the weights between them: all of them if unset; 1: each holds whole
     copies; between: copies of that many processes each, such as the GPUs of a machine (HSDP)."""
     cpu_offload: bool = False
-    """Several GPUs: the spread weights, gradients and optimizer states live in the machine's memory (FSDP2's CPU off-load). Slow."""
+    """Several GPUs: the spread weights, gradients and optimizer states live in the machine's memory (FSDP2's CPU off-load). Slow, and not
+    tried on GPUs yet."""

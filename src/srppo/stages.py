@@ -38,7 +38,8 @@ def outcome(space: Workspace, name: str, cure: str = CURE) -> dict[str, Any] | N
 
 
 def finish(space: Workspace, name: str, content: dict[str, Any]) -> dict[str, Any]:
-    (space.run.path / "stages").mkdir(exist_ok=True)
+    if world().main:
+        (space.run.path / "stages").mkdir(exist_ok=True)
     space.run.write_json(f"stages/{name}.json", content)
     return content
 
@@ -223,7 +224,8 @@ def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[
                     seed=config.seed,
                     on_progress=tick,
                 )
-            (space.run.path / "evaluation").mkdir(exist_ok=True)
+            if world().main:
+                (space.run.path / "evaluation").mkdir(exist_ok=True)
             write_lines(space.run.path / f"evaluation/{stage}.jsonl", [asdict(row) for row in result.rows])
             content["groups"] = result.to_dict()
             content["lost_and_gained"] = {} if stage == "base" else lost_and_gained(_base_evaluation(space), result)

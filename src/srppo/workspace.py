@@ -20,6 +20,7 @@ from srppo.data.demonstrations import Demonstrations, load_demonstrations
 from srppo.data.prompts import PromptSet, load_prompts
 from srppo.data.report import data_summary
 from srppo.data.sources import read_rows
+from srppo.environment import versions
 from srppo.errors import ConfigError, DataError, RunFolderError
 from srppo.memory_limit import limits
 from srppo.models.preference_model import PreferenceModel
@@ -37,7 +38,7 @@ from srppo.run_folder import RunFolder
 from srppo.scoring import Scorer, load_scorer
 from srppo.threads import ThreadWatch, Watched, set_threads, torch_threads
 from srppo.train.interrupt import Interrupt
-from srppo.world import start_world
+from srppo.world import start_world, world
 
 NOTED_EVERY = 10.0  # seconds between two notes of what the run cost
 P = ParamSpec("P")
@@ -176,7 +177,9 @@ def open_workspace(
     loading = Ledger()
     with loading.stage("load"):
         loaded = _load(config, progress, judging)  # before the folder is touched: a wrong model or file leaves no trace
+    _check_alike({"configuration": text, "data": repr(loaded.data_summary), "libraries": repr(versions())})
     with RunFolder.open(config.output, text, resume=resume, overwrite=overwrite, may_differ=may_differ) as run, Interrupt() as interrupt:
+        _check_seen(run.path)
         before = here.once(lambda: read_elapsed(run.path / "elapsed.json"))
         ledger = Ledger(before.get("stages"))
         ledger.add(loading)
@@ -188,6 +191,24 @@ def open_workspace(
                 yield space
         finally:
             space.note_cost()
+
+
+def _check_alike(known: dict[str, str]) -> None:
+    """Raise ConfigError where the processes of a run do not have the same before them: machines have files of their own."""
+    everyone = world().gather(known)
+    for rank, theirs in enumerate(everyone):
+        for name, value in theirs.items():
+            if value != everyone[0][name]:
+                raise ConfigError(
+                    f"process {rank} has another {name} than process 0; recipe, data, and versions must be the same on all machines"
+                )
+
+
+def _check_seen(path: Path) -> None:
+    """Raise ConfigError where a process does not see the run folder that rank 0 writes."""
+    blind = [str(rank) for rank, sees in enumerate(world().gather((path / "config.yaml").is_file())) if not sees]
+    if blind:
+        raise ConfigError(f"{path}: not seen by process {', '.join(blind)}; --output must lie on a file system that all machines share")
 
 
 def _load(config: RunConfig, progress: Progress, judging: bool) -> Loaded:

@@ -7,7 +7,9 @@ few functions of World. In a plain process they do nothing, and torch.distribute
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -21,7 +23,7 @@ from srppo.errors import ConfigError, LostProcess, SrppoError
 
 if TYPE_CHECKING:  # the command answers --help before torch is loaded
     from torch import Tensor
-    from torch.distributed import TCPStore
+    from torch.distributed import Store
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 writes a model, draws the report, or asks a vLLM server
@@ -36,6 +38,7 @@ PARTED = (
     "NCCL",
     "Socket",
 )  # in words of torch.distributed
+FAILED = "failed"  # the key of the first failure
 GRACE = 4.0  # seconds that a process has, once another has failed, to end by an error of its own
 
 
@@ -160,7 +163,10 @@ def start_world() -> World:
         if cuda:
             torch.cuda.set_device(local)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+            met: dict[str, Any] = {}
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # which outlives a restart, with the addresses of the dead
+                met = {"store": _store(TIMEOUT), "rank": rank, "world_size": size}
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, **met)
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other variables that torchrun sets are missing or wrong ({error}); "
@@ -184,6 +190,9 @@ def _leave() -> None:
     """At the end of a process: part from the others, unless something went wrong and they may not answer."""
     if _WATCH is not None:
         well = not _WATCH.over
+        if well:
+            with contextlib.suppress(Exception):
+                _WORLD.barrier()  # rank 0 may hold the store
         _WATCH.stop()
         if well:
             _dist().destroy_process_group()
@@ -211,6 +220,16 @@ def world_of_run() -> Iterator[World]:
         raise
 
 
+def _store(timeout: timedelta) -> Store:
+    """A connection to where the processes meet. Keys of a start are apart from those of one before that torchrun has begun again."""
+    dist, host, port = _dist(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store: Store = dist.PrefixStore(
+        f"srppo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+        dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout),
+    )
+    return store
+
+
 class _Watch:
     """Tells the others of an error in this process, and ends this one some seconds after an error in another.
 
@@ -220,15 +239,9 @@ class _Watch:
     def __init__(self, here: World):
         self._here, self._over = here, threading.Event()
         self.over = False
-        self._telling, self._looking = (self._connect() for _ in range(2))
+        self._telling, self._looking = (_store(timedelta(seconds=30)) for _ in range(2))
         self._thread = threading.Thread(target=self._look, name="srppo-watch", daemon=True)
         self._thread.start()
-
-    @staticmethod
-    def _connect() -> TCPStore:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store: TCPStore = _dist().TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-        return store
 
     def stop(self) -> None:
         """End the thread. One that were still inside the store when Python ends would take the process down with SIGABRT."""
@@ -240,17 +253,19 @@ class _Watch:
         """Tell the others. Of an error that rank 0 has too, `told` is set: it says it. Returns who failed before, if another did."""
         if self.over:
             return None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's to the others of one that died: the error is still to be told
         self.stop()
         try:
-            earlier = int(self._telling.get("srppo/failed").decode().split()[0]) if self._telling.check(["srppo/failed"]) else None
+            earlier = int(self._telling.get(FAILED).decode().split()[0]) if self._telling.check([FAILED]) else None
             if isinstance(error, RuntimeError) and earlier is not None:  # it follows from that one
                 return earlier
-            self._telling.set(f"srppo/failed/{self._here.rank}", "")
+            self._telling.set(f"{FAILED}/{self._here.rank}", "")
             if earlier is None:
-                self._telling.set("srppo/failed", f"{self._here.rank} {getattr(error, 'exit_code', 1)}")
+                self._telling.set(FAILED, f"{self._here.rank} {getattr(error, 'exit_code', 1)}")
+            time.sleep(2 * LOOK_EVERY)  # rank 0 may hold the store that the others look into
             if not self._here.main:
-                time.sleep(LOOK_EVERY)
-                error.__dict__["told"] = earlier is not None or self._telling.check(["srppo/failed/0"])
+                error.__dict__["told"] = earlier is not None or self._telling.check([f"{FAILED}/0"])
         except Exception:  # the store is gone, and with it whoever was to be told
             pass
         return None
@@ -258,11 +273,15 @@ class _Watch:
     def _look(self) -> None:
         while not self._over.wait(LOOK_EVERY):
             try:
-                if not self._looking.check(["srppo/failed"]):
+                if not self._looking.check([FAILED]):
                     continue
-                rank, code = map(int, self._looking.get("srppo/failed").decode().split())
-            except Exception:
-                return  # the store is gone: torch.distributed's own errors say the rest
+                rank, code = map(int, self._looking.get(FAILED).decode().split())
+            except Exception:  # the store is gone, and whoever held it
+                if not self._over.wait(5 * GRACE):
+                    sys.stderr.write("srppo: stopped, as the process that held the run together is gone; continue with --resume\n")
+                    sys.stderr.flush()
+                    os._exit(LostProcess.exit_code)
+                return
             if self._over.wait(GRACE):
                 return
             sys.stderr.write(f"srppo: stopped, as process {rank} has failed\n" if self._here.main else "")

@@ -117,7 +117,7 @@ class TorchEngine:
 
         decoded = here.each(decode_share)
         if on_progress is not None and not here.alone:
-            on_progress(len(rows), len(rows))
+            here.each(lambda: on_progress(len(rows), len(rows)))  # it may ask for a stop, in one process alone
         tokens = torch.zeros(len(rows), limit, dtype=torch.int64)
         logprobs = torch.zeros(len(rows), limit, dtype=torch.float32)
         for part, own_tokens, own_logprobs in decoded:
@@ -172,19 +172,14 @@ class TorchEngine:
         """No gradients, evaluation mode (dropout off, and no gradient checkpointing, which forbids a cache), autocast; then as before."""
         training = [m for m in model.modules() if m.training]
         model.eval()
-        device = model.device.type
-        # On a CPU autocast converts all weights anew for each token: decoding in it was 16 % slower than in float32.
-        autocast = self.autocast is not None and device != "cpu"
         try:
             # not inference_mode: buffers that a model fills on its way would be unusable in training
-            with (
-                uncompiled(model),
-                torch.no_grad(),
-                gathered(unwrapped(model)),
-                torch.autocast(device, self.autocast, enabled=autocast),
-                grouped(unwrapped(model)),
-            ):
-                yield
+            with uncompiled(model), torch.no_grad(), gathered(unwrapped(model)):
+                device = model.device.type  # of gathered weights: spread ones may be elsewhere
+                # On a CPU autocast converts all weights anew for each token: decoding in it was 16 % slower than in float32.
+                autocast = self.autocast is not None and device != "cpu"
+                with torch.autocast(device, self.autocast, enabled=autocast), grouped(unwrapped(model)):
+                    yield
         finally:
             for module in training:
                 module.training = True

@@ -130,8 +130,15 @@ def load_checkpoint(folder: Path, step: int, like: Tensors | None = None) -> Che
     for reason in processes.gather(damage(path, dict(share))):
         if reason:
             raise DamagedCheckpoint(path, reason)
+    unreadable: str | None = None
     try:
         index = read_index(path, list(content["files"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        unreadable = f"{type(error).__name__}: {error}"
+    for reason in processes.gather(unreadable):  # before they read together
+        if reason:
+            raise DamagedCheckpoint(path, reason)
+    try:
         known = {} if like is None else flat(like)
         found = {name: _memory(path, name, *kind, known.get(name)) for name, kind in index.kinds().items()}
         if found:

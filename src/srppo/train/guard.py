@@ -132,7 +132,7 @@ class Guard:
         No stop in here: the round's weights have moved, and its record is written after this. Raises RunFolderError on a full disk.
         """
         started, known = time.perf_counter(), any(alarming(self.looks[: i + 1]) for i in range(len(self.looks)))
-        now = self._see(round)
+        now = world().share(self._see(round))  # what is decided by it is decided alike
         self.looks.append(now)
         if best_of(self.looks) is now and self._config.guard.keep == "best":
             weights = Checkpoint(round, {"policy": self._roles.weights("policy")}, {})

@@ -51,8 +51,8 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
-        if isinstance(error, Interrupted):
-            error.exit_code = CODES[self.signal]
+        if isinstance(error, Interrupted):  # raised in all processes, of which one may have had the signal
+            error.exit_code = CODES[signal.Signals(world().most(int(self.signal) if self.requested else 0) or self.signal)]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

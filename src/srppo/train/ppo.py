@@ -133,6 +133,7 @@ def train_ppo(setup: PPOSetup, *, evaluate: Callable[[int], dict[str, float]], g
         except EngineLost as lost:
             if state.iteration == state.logged:  # lost while sampling the next round, of which nothing is kept
                 _save(setup, state, saver)
+                saver.wait()
             raise EngineLost(f"PPO stopped after round {state.logged} of {ppo.iterations}: {lost}") from None
         except TrainingStopped as stop:
             _save_stopped(setup, state)

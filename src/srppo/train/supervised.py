@@ -37,17 +37,22 @@ def planned_steps(examples: Sequence[Example], config: SFTConfig) -> int:
 
 def heldout_nll(roles: Roles, role: str, examples: Sequence[Example], tokens: int, compute: Compute | None = None) -> float | None:
     """Mean negative log-likelihood of held-out target tokens, nats a token; None without examples."""
-    total, count = 0.0, 0
     here = world()
     mine = [examples[i] for i in deal([len(e.ids) for e in examples], here.size)[here.rank]]
-    chunks = token_chunks([len(e.ids) for e in mine], tokens)
-    spare = here.most(len(chunks)) - len(chunks) if roles.spread else 0  # all run a model as often as each other
-    for chunk in chunks:
-        batch = example_batch([mine[i] for i in chunk], roles.special.pad_id).to(roles.device)
-        total -= float(roles.score(role, batch).logprobs.double().sum())
-        count += batch.targets
-    for _ in range(spare):
-        roles.score(role, example_batch(examples[:1], roles.special.pad_id).to(roles.device))
+
+    def run(size: int) -> tuple[float, int]:
+        total, count = 0.0, 0
+        chunks = token_chunks([len(e.ids) for e in mine], size)
+        spare = here.most(len(chunks)) - len(chunks) if roles.spread else 0  # all run a model as often as each other
+        for chunk in chunks:
+            batch = example_batch([mine[i] for i in chunk], roles.special.pad_id).to(roles.device)
+            total -= float(roles.score(role, batch).logprobs.double().sum())
+            count += batch.targets
+        for _ in range(spare):
+            roles.score(role, example_batch(examples[:1], roles.special.pad_id).to(roles.device))
+        return total, count
+
+    total, count = limits.within(KEY, tokens, max((len(e.ids) for e in mine), default=1), run)
     if compute:
         compute.forward_tokens += sum(len(e.ids) for e in examples)
     said = here.gather((total, count))

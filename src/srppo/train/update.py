@@ -89,7 +89,7 @@ def update(
                     f"iteration {iteration}: {worst} steps in a row had a NaN or infinite loss or gradient. "
                     "Lower ppo.learning_rate or ppo.critic_learning_rate, set reward.token_clip, or use model.dtype float32"
                 )
-        if config.target_kl is not None and train_policy and epoch_kl and statistics.fmean(epoch_kl) > config.target_kl:
+        if config.target_kl is not None and train_policy and epoch_kl and world().share(statistics.fmean(epoch_kl) > config.target_kl):
             log.stopped_early = epoch + 1 < config.epochs
             break
     out = log.means() | {"policy/steps": float(done if train_policy else 0), "policy/kl_stopped": float(log.stopped_early)}
