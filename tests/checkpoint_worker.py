@@ -1,4 +1,4 @@
-"""One of several processes that save and load checkpoints together: `checkpoint_worker.py RANK SIZE FOLDER TASK`."""
+"""One of several processes that save and load checkpoints together: `checkpoint_worker.py FOLDER TASK`, with torchrun's variables."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from srppo.errors import RunFolderError
 from srppo.train import checkpoint_storage as storage
 from srppo.train.checkpoint import Checkpoint, load_checkpoint, load_latest, save_checkpoint, saved_steps
 from srppo.train.saver import Saver
+from srppo.world import start_world
 
 
 def whole(step: int) -> dict[str, dict[str, Tensor]]:
@@ -134,11 +135,10 @@ TASKS: dict[str, Callable[[Path], None]] = {
 }
 
 if __name__ == "__main__":
-    rank, size, place, *tasks = sys.argv[1:]
-    dist.init_process_group("gloo", init_method=f"file://{place}/meet-{'-'.join(tasks)}-{size}", rank=int(rank), world_size=int(size))
+    place, *tasks = sys.argv[1:]
+    here = start_world()
     for task in tasks:
         name, _, folder = task.partition(":")
         TASKS[name](Path(place) / (folder or name))
-    dist.barrier()
-    dist.destroy_process_group()
+    here.barrier()
     print(json.dumps({"done": tasks}))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +20,12 @@ WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 def together(size: int, folder: Path, *tasks: str) -> None:
     """Run tasks (`task` or `task:folder`) in so many processes, and see that each ends well."""
-    commands = [[sys.executable, "-W", "ignore", str(WORKER), str(rank), str(size), str(folder), *tasks] for rank in range(size)]
-    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+    command = [sys.executable, "-W", "ignore", str(WORKER), str(folder), *tasks]
+    environments = [{**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=e) for e in environments]
     try:
         for process in processes:
             said, errors = process.communicate(timeout=120)

@@ -6,7 +6,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,6 @@ from srppo.rollout.vllm_server import VLLMServerEngine
 from tiny_job import metrics, run, tiny_job, weights, without_clock
 from tiny_models import save_tiny, standard_roles, tiny_model, train_role
 from tiny_vllm import PROMPTS, SEEDS, FakeServer, Special, engine_for, expect
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with FakeServer() as fake:
-        yield fake
-        fake.shutdown()
-
-
-@pytest.fixture
-def other() -> Iterator[FakeServer]:
-    with FakeServer() as fake:
-        yield fake
-        fake.shutdown()
-
 
 # --- one server of several is gone
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,6 @@ from srppo.rollout.vllm_make import check_vllm, vllm_engine
 from srppo.rollout.vllm_server import VLLMServerEngine
 from tiny_models import save_tiny, standard_roles, tiny_model, train_role
 from tiny_vllm import PROMPTS, SEEDS, FakeServer, Special, engine_for, expect
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with FakeServer() as fake:
-        yield fake
-        fake.shutdown()
-
-
-@pytest.fixture
-def other() -> Iterator[FakeServer]:
-    with FakeServer() as fake:
-        yield fake
-        fake.shutdown()
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

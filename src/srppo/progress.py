@@ -254,27 +254,6 @@ class PlainProgress:
         self._stream.flush()
 
 
-class QuietProgress:
-    """Warnings (on stderr) and tables only."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    @contextlib.contextmanager
-    def stage(self, title: str, total: int, unit: str, start: int = 0) -> Iterator[Stage]:
-        yield _Recorder(Meter(total, unit, start, time.monotonic))
-
-    def note(self, text: str) -> None:
-        pass
-
-    def warn(self, text: str) -> None:
-        print(f"warning: {clean(text)}", file=sys.stderr, flush=True)
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        _print_table(_console(self._stream, terminal=False), title, columns, rows)
-        self._stream.flush()
-
-
 class SilentProgress:
     """Nothing: of several processes, all but the first."""
 
@@ -290,6 +269,20 @@ class SilentProgress:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         pass
+
+
+class QuietProgress(SilentProgress):
+    """Warnings (on stderr) and tables only."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {clean(text)}", file=sys.stderr, flush=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        _print_table(_console(self._stream, terminal=False), title, columns, rows)
+        self._stream.flush()
 
 
 class JsonProgress:

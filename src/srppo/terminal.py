@@ -24,7 +24,7 @@ def guard_terminal() -> None:
         def cleaned(*args: Any, **options: Any) -> str:
             return clean(str(plain(*args, **options)))
 
-        cleaned.cleans = True  # type: ignore[attr-defined]
+        vars(cleaned)["cleans"] = True
         warnings.formatwarning = cleaned
     if logging.getLogRecordFactory() is logging.LogRecord:  # another one is somebody's choice
         logging.setLogRecordFactory(_CleanRecord)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +23,7 @@ from srppo.errors import ConfigError, LostProcess, SrppoError
 
 if TYPE_CHECKING:  # the command answers --help before torch is loaded
     from torch import Tensor
-    from torch.distributed import Store
+    from torch.distributed import ProcessGroup, Store
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 writes a model, draws the report, or asks a vLLM server
@@ -50,6 +50,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    group: ProcessGroup | None = None  # by which they speak; the default one if None
 
     @property
     def main(self) -> bool:
@@ -68,7 +69,7 @@ class World:
         if self.alone:
             return [item]
         items: list[Any] = [None] * self.size
-        _dist().all_gather_object(items, item)
+        _dist().all_gather_object(items, item, group=self.group)
         return items
 
     def share(self, item: T) -> T:
@@ -76,8 +77,9 @@ class World:
         if self.alone:
             return item
         box: list[Any] = [item if self.main else None]
-        _dist().broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[no-any-return]
+        _dist().broadcast_object_list(box, src=0, group=self.group)
+        shared: T = box[0]
+        return shared
 
     def once(self, work: Callable[[], T]) -> T:
         """Let rank 0 alone do something, and give its result to all; where it raises, all do."""
@@ -92,7 +94,17 @@ class World:
         done, value = self.share(_sendable(result) if self.main else result)
         if not done:
             raise value
-        return value  # type: ignore[no-any-return]
+        given: T = value
+        return given
+
+    def apart(self) -> World:
+        """The same processes by a group of their own (gloo): what a thread says must not mix with what the training says. See `close`."""
+        return self if self.alone else replace(self, group=_dist().new_group(backend="gloo"))
+
+    def close(self) -> None:
+        """Give up the group that `apart` made."""
+        if self.group is not None:
+            _dist().destroy_process_group(self.group)
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """Do something that takes much memory, on each machine one process after the other."""
@@ -120,7 +132,7 @@ class World:
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if not self.alone:
-            _dist().all_reduce(tensor)
+            _dist().all_reduce(tensor, group=self.group)
         return tensor
 
     def any(self, flag: bool) -> bool:

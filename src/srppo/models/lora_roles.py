@@ -100,9 +100,10 @@ class LoraRoles:
 
     def _new_config(self) -> LoraConfig:
         t = self._tuning
+        alpha: Any = t.lora_alpha  # PEFT asks for an int, and only divides it by r
         return LoraConfig(
             r=t.lora_rank,
-            lora_alpha=t.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
+            lora_alpha=alpha,
             lora_dropout=t.lora_dropout,
             target_modules=t.lora_targets if t.lora_layers is None else self._last_layers(t.lora_layers),
             fan_in_fan_out=any(isinstance(m, Conv1D) for m in self._model.modules()),

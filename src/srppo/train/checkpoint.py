@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -37,7 +36,7 @@ from srppo.train.checkpoint_state import (
     state_text,
     sweep,
 )
-from srppo.train.processes import Processes
+from srppo.world import World, world
 
 __all__ = ["Checkpoint", "checkpoint_path", "drop", "load_checkpoint", "load_latest", "load_own", "save_checkpoint", "saved_steps"]
 
@@ -63,12 +62,12 @@ def save_checkpoint(
     keep: int,
     *,
     copies: Mapping[str, Tensor] | None = None,
-    group: dist.ProcessGroup | None = None,
+    here: World | None = None,
 ) -> Path:
     """Write `folder/checkpoint-<step>` under a temporary name, flush, rename, then drop all but the last `keep`, this one included.
 
     A whole checkpoint of that step that is already there is the same state, and stays. copies: by group/name, what to write in place of
-    this process's parts of the tensors. group: of the processes; the default one if not given.
+    this process's parts of the tensors. here: the processes, by default those of the run.
     Raises RunFolderError when the disk is full or not writable; earlier checkpoints stay as they were.
     """
     from torch.distributed.checkpoint import save  # slow to import, and needed only here
@@ -76,9 +75,9 @@ def save_checkpoint(
 
     from srppo.train.checkpoint_storage import Planner, Writer, write_summed
 
-    final, processes = checkpoint_path(folder, checkpoint.step), Processes(group)
+    final, here = checkpoint_path(folder, checkpoint.step), here or world()
     temporary = folder / f".{final.name}.partial"
-    content = {"step": checkpoint.step, "groups": sorted(checkpoint.tensors), "world_size": processes.size, "state": dict(checkpoint.state)}
+    content = {"step": checkpoint.step, "groups": sorted(checkpoint.tensors), "world_size": here.size, "state": dict(checkpoint.state)}
 
     def needed() -> bool:
         if is_whole(final):
@@ -98,10 +97,10 @@ def save_checkpoint(
         drop_old(folder, checkpoint.step, keep)
 
     try:
-        if processes.first(needed):
-            save(flat(checkpoint.tensors), storage_writer=Writer(temporary, finished), planner=Planner(copies), **processes.options)
+        if here.once(needed):
+            save(flat(checkpoint.tensors), storage_writer=Writer(temporary, finished), planner=Planner(copies), **_options(here))
     except (CheckpointException, OSError) as error:
-        if processes.rank == 0:
+        if here.main:
             shutil.rmtree(temporary, ignore_errors=True)
         cause = _cause(error)
         if not isinstance(cause, OSError):
@@ -124,10 +123,10 @@ def load_checkpoint(folder: Path, step: int, like: Tensors | None = None) -> Che
 
     from srppo.train.checkpoint_storage import Reader, read_index
 
-    path, processes = checkpoint_path(folder, step), Processes()
-    content = processes.first(lambda: read_state(path))
-    share = list(content["files"].items())[processes.rank :: processes.size]  # each process sums up some of the files
-    for reason in processes.gather(damage(path, dict(share))):
+    path, here = checkpoint_path(folder, step), world()
+    content = here.once(lambda: read_state(path))
+    share = list(content["files"].items())[here.rank :: here.size]  # each process sums up some of the files
+    for reason in here.gather(damage(path, dict(share))):
         if reason:
             raise DamagedCheckpoint(path, reason)
     unreadable: str | None = None
@@ -135,7 +134,7 @@ def load_checkpoint(folder: Path, step: int, like: Tensors | None = None) -> Che
         index = read_index(path, list(content["files"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         unreadable = f"{type(error).__name__}: {error}"
-    for reason in processes.gather(unreadable):  # before they read together
+    for reason in here.gather(unreadable):  # before they read together
         if reason:
             raise DamagedCheckpoint(path, reason)
     try:
@@ -143,7 +142,7 @@ def load_checkpoint(folder: Path, step: int, like: Tensors | None = None) -> Che
         found = {name: _memory(path, name, *kind, known.get(name)) for name, kind in index.kinds().items()}
         if found:
             planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            load(found, storage_reader=Reader(path, index), planner=planner, **processes.options)
+            load(found, storage_reader=Reader(path, index), planner=planner, **_options(here))
     except (CheckpointException, OSError, ValueError, KeyError, TypeError) as error:
         cause = _cause(error)
         if not isinstance(cause, Exception):  # Ctrl-C
@@ -162,7 +161,7 @@ def load_latest(folder: Path, like: Tensors | None = None, *, warn: Callable[[st
     Raises RunFolderError where there are some and none is whole, or the last is of another version of srppo.
     """
     damaged: list[DamagedCheckpoint] = []
-    for step in reversed(Processes().first(lambda: named_steps(folder))):
+    for step in reversed(world().once(lambda: named_steps(folder))):
         try:
             found = load_checkpoint(folder, step, like)
         except DamagedCheckpoint as error:
@@ -187,6 +186,11 @@ def load_own(roles: Roles, role: str, folder: str | Path) -> None:
     except (SrppoError, OSError) as error:
         what = f"is damaged ({error})" if Path(folder).is_dir() else "is gone"
         raise RunFolderError(f"{folder}: this run's own checkpoint {what}; put it back, or begin anew with --overwrite") from error
+
+
+def _options(here: World) -> dict[str, Any]:
+    """What DCP is to be told of the processes."""
+    return {"no_dist": True} if here.alone else {"process_group": here.group}
 
 
 def flat(tensors: Tensors) -> dict[str, Tensor]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor
 
 from srppo.train.checkpoint import Checkpoint, flat, save_checkpoint
-from srppo.train.processes import Processes
+from srppo.world import world
 
 
 class Saver:
@@ -23,8 +22,7 @@ class Saver:
         self._folder, self._keep, self._background = folder, keep, background
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        # Collectives of a thread need a group of their own, or they would mix with the training's.
-        self._group = dist.new_group(backend="gloo") if background and Processes().size > 1 else None
+        self._apart = world().apart() if background else world()
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Raises RunFolderError when the disk is full or not writable."""
@@ -37,13 +35,13 @@ class Saver:
 
     def _write(self, checkpoint: Checkpoint, copies: dict[str, Tensor]) -> None:
         try:
-            save_checkpoint(self._folder, checkpoint, self._keep, copies=copies, group=self._group)
+            save_checkpoint(self._folder, checkpoint, self._keep, copies=copies, here=self._apart)
         except BaseException as error:  # for the thread that trains
             self._failure = error
 
     def check(self) -> None:
         """Raise what a finished write failed with. With several processes only `wait` does, which they reach together."""
-        if self._thread is not None and not self._thread.is_alive() and self._group is None:
+        if self._thread is not None and not self._thread.is_alive() and self._apart.alone:
             self.wait()
 
     def wait(self) -> None:
@@ -63,8 +61,7 @@ class Saver:
             self.wait()
         elif self._thread is not None:  # the error on its way is the one to tell
             self._thread.join()
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
+        self._apart.close()
 
 
 def staged(checkpoint: Checkpoint) -> dict[str, Tensor]:
