@@ -32,6 +32,14 @@ SMOL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num
 SHORT, LONG = (24, 24), (32, 96)  # tokens of prompt and response
 LORA, AGAIN = {"tuning.kind": "lora"}, {"model.gradient_checkpointing": True}
 FITTED = {"tuning.critic": "least_squares"}
+CARD = {  # whose decoding is the most that these need
+    "diagnose.enabled": True,
+    "diagnose.on_no_go": "warn",
+    "evaluation.batch_size": 256,
+    "ppo.micro_batch_tokens": 512,
+    "sft.micro_batch_tokens": 512,
+    "rollout.batch_size": 8,
+}
 CASES: dict[str, dict[str, Any]] = {
     "small vocabulary, full, short": {"shape": SMALL, "lengths": SHORT},
     "small vocabulary, full, long": {"shape": SMALL, "lengths": LONG},
@@ -43,6 +51,8 @@ CASES: dict[str, dict[str, Any]] = {
     "49k vocabulary, lora, long, checkpointing": {"shape": SMOL, "lengths": LONG, **LORA, **AGAIN},
     "49k vocabulary, lora, long, fitted critic": {"shape": SMOL, "lengths": LONG, **LORA, **FITTED},
     "small vocabulary, full, long, fitted critic": {"shape": SMALL, "lengths": LONG, **FITTED},
+    "small vocabulary, full, long, reward card": {"shape": SMALL, "lengths": LONG, **CARD},
+    "small vocabulary, lora, long, reward card": {"shape": SMALL, "lengths": LONG, **CARD, **LORA},
 }
 
 
@@ -122,6 +132,7 @@ def run_case(recipe: str) -> None:
     import datasets  # noqa: F401  libraries are loaded before the models, as in a run
     import torch
 
+    import srppo.diagnosis
     import srppo.stages
     import srppo.train.ppo
     import srppo.train.saver
@@ -134,6 +145,7 @@ def run_case(recipe: str) -> None:
     (torch.ones(512, 512) @ torch.ones(512, 512)).sum()  # and so are the threads and buffers of matrix products
     watch.over(srppo.workspace, "build_roles", "load")
     watch.over(srppo.stages, "train_sft", "sft")
+    watch.over(srppo.diagnosis, "make_card", "reward card")
     watch.over(srppo.train.saver, "save_checkpoint", lambda folder: f"{folder.name} checkpoint")
     watch.over(srppo.train.ppo, "collect", "rollout")
     watch.over(srppo.train.ppo, "score", "scoring")

@@ -39,7 +39,8 @@ COMMON = {
     "rollout.batch_size": 128,
     "rollout.max_new_tokens": 1024,
 }
-MIXED = {"model.dtype": "float32", "model.autocast": "bfloat16", "model.frozen_dtype": "bfloat16", "rollout.batch_size": 32}
+MIXED = {"model.dtype": "float32", "model.autocast": "bfloat16", "model.frozen_dtype": "bfloat16"}
+MIXED |= {"rollout.batch_size": 32, "evaluation.batch_size": 32}
 HALF = {"model.dtype": "bfloat16"}
 LORA = {"tuning.kind": "lora", **HALF}
 SERVED = {"rollout.engine": "vllm", "rollout.server": "http://HOST:8000"}

@@ -55,6 +55,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("two-lora", "lora"),
         job("two-full-whole", "full", changes={"parallel__shard_size": 1, **SMALL}),
         job("two-full-small", "full", changes=SMALL),
+        job("two-lora-whole", "lora", changes={"parallel__shard_size": 1, **SMALL}),
         job("two-least", "full", changes=LEAST),
         job("one-then-two", "full", resume=True),
         job("two-then-one", "full", stop=34),
@@ -71,11 +72,19 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def responses(run_folder: Path) -> list[str]:
+    """Of PPO's samples that were written down."""
+    found = [json.loads(line)["response"] for line in (run_folder / "samples.jsonl").read_text().splitlines()]
+    assert len(found) >= 8
+    return found
+
+
 PAIRS = [
     ("one-full", "two-full"),
     ("one-lora", "two-lora"),
     ("one-full", "two-full-whole"),
     ("one-full", "two-full-small"),
+    ("one-lora", "two-lora-whole"),
     ("one-least", "two-least"),
     ("one-full", "one-then-two"),
     ("one-full", "two-then-one"),
@@ -101,8 +110,7 @@ def test_the_same_metrics(one: str, two: str, done: Path) -> None:
 def test_the_same_tokens(one: str, two: str, done: Path) -> None:
     for file in sorted((done / one / "evaluation").iterdir()):
         assert file.read_text() == (done / two / "evaluation" / file.name).read_text(), file.name
-    said = [[json.loads(line)["response"] for line in (done / name / "samples.jsonl").read_text().splitlines()] for name in (one, two)]
-    assert said[0] == said[1] and len(said[0]) > 10
+    assert responses(done / one) == responses(done / two)
 
 
 @pytest.mark.parametrize(("one", "two"), PAIRS)
@@ -115,11 +123,11 @@ def test_the_same_weights(one: str, two: str, done: Path) -> None:
 
 
 def test_copies_of_two_processes_each(tmp_path: Path) -> None:
-    """HSDP: four processes, a copy of the weights between each two."""
+    """HSDP: four processes, a copy of the weights between each two, several micro-batches a step."""
     short: dict[str, Any] = {"diagnose__enabled": False, "guard__every": 0, "ppo__iterations": 1, "evaluation__continued_sft": False}
     short |= {"ppo__critic_warmup": 0}
     run(tiny_job(tmp_path, output=str(tmp_path / "one"), **short))
-    changes = short | {"parallel__shard_size": 2}
+    changes = short | SMALL | {"parallel__shard_size": 2}
     job = {"folder": str(tmp_path), "kind": "full", "output": str(tmp_path / "four"), "changes": changes}
     result = launch([job], tmp_path, processes=4)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -128,6 +136,7 @@ def test_copies_of_two_processes_each(tmp_path: Path) -> None:
         assert all(float((ours[name] - theirs[name]).abs().max()) < 3e-4 for name in ours)
     norms = [[r["policy/grad_norm"] for r in metrics(tmp_path / name)] for name in ("one", "four")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert responses(tmp_path / "one") == responses(tmp_path / "four")
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

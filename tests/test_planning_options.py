@@ -83,7 +83,7 @@ def test_vllm_takes_its_share_from_the_first_evaluation_on(tmp_path: Path) -> No
     taken = {p.name: sums(p, "memory taken") for p in plan.phases}
     assert taken.pop("load") == 0 and set(taken.values()) == {int(0.25 * GPU.memory)}
     assert sums(phase(plan, "rollout"), "kv cache") == 0 and sums(phase(plan_of(plain), "rollout"), "kv cache") > 0
-    served = plan_of(tiny_job(tmp_path, rollout__engine="vllm", rollout__server="http://127.0.0.1:1"))
+    served = plan_of(tiny_job(tmp_path, rollout__engine="vllm", rollout__server="http://127.0.0.1:1", diagnose__preview=False))
     assert not any(i.role == "vllm" or i.purpose == "kv cache" for p in served.phases for i in p.items)
 
 

@@ -36,6 +36,8 @@ from srppo.planning.reliability import LEAST_WRITE, reliability
 from srppo.planning.remedy import find_enough, find_remedy
 from srppo.planning.traffic import Flow, Micros, Network, flows
 from srppo.profiling.traffic import Traffic, counted
+from srppo.records import LossOutput
+from srppo.train.learner import Learner
 from tiny_job import tiny_job
 from tiny_models import save_tiny
 
@@ -172,7 +174,7 @@ def by_kind(found: list[Flow]) -> tuple[Counter[str], Counter[str]]:
 
 @pytest.mark.parametrize(("size", "replicas"), [(2, 1), (8, 1), (8, 2)])
 @pytest.mark.parametrize("role", ["policy", "tied policy", "critic"])
-def test_a_training_step_sends_what_fsdp_sends(size: int, replicas: int, role: str, tmp_path: Path) -> None:
+def test_a_training_step_sends_what_is_planned(size: int, replicas: int, role: str, tmp_path: Path) -> None:
     """Two steps of three micro-batches."""
     architecture = Architecture(CONFIG_MAPPING["llama"](**SHAPE | {"tie_word_embeddings": role.startswith("tied")}))
     settings = settings_of(tmp_path)
@@ -180,8 +182,9 @@ def test_a_training_step_sends_what_fsdp_sends(size: int, replicas: int, role: s
         whole = model_of(architecture)
         model = spread(whole.get_decoder() if role == "critic" else whole, mesh)
         traffic.take()
-        for _ in range(6):
-            run_on(model, states).sum().backward()
+        learner = Learner(dict(model.named_parameters()), 0.1, 1e9)
+        for _ in range(2):
+            learner._accumulate([lambda: LossOutput(run_on(model, states).sum(), {})] * 3, 1)
     network = Network(describe(architecture, settings), settings, Processes(size, size, size // replicas), LINKS)
     assert by_kind(network.training("update", role.split()[-1], 2, 3)) == (traffic.bytes, traffic.calls)
 
@@ -416,7 +419,7 @@ def test_on_how_many_gpus_it_fits(tmp_path: Path) -> None:
 
 def test_weights_are_spread_further_before_anything_that_is_learned_changes(tmp_path: Path) -> None:
     save_tiny(tmp_path / "wide", "llama", hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64)
-    config, short = tiny_job(tmp_path, "wide", parallel__shard_size=2), Lengths(4, 4, 4.0, 4.0, 8, 8.0)
+    config, short = tiny_job(tmp_path, "wide", parallel__shard_size=2, diagnose__enabled=False), Lengths(4, 4, 4.0, 4.0, 8, 8.0)
     architecture = read_architecture(config.model)
     spread_out = make_plan(changed(config, {"parallel.shard_size": None}), architecture, short, on(8))
     found = find_remedy(config, architecture, short, replace(on(8), memory=round(1.02 * spread_out.need / 0.9)))

@@ -58,7 +58,7 @@ class Loaded:
     scorer: Scorer | None
     engine: RolloutEngine  # of PPO
     evaluation_engine: RolloutEngine
-    card_engine: TorchEngine  # of the reward card, which extrapolates in its decoding loop
+    extrapolator: TorchEngine | None  # of the reward card, which decodes with several models at once; None where they have no room
     sampling: Sampling  # of the rollouts
     data_summary: dict[str, Any]
     preference_model: PreferenceModel | None = None  # PPO's reward, where it is not the coherent one
@@ -252,9 +252,9 @@ def _load(config: RunConfig, progress: Progress, judging: bool) -> Loaded:
     limits.begin(progress.warn, apart=not roles.spread)
     sizes = (config.rollout.batch_size, evaluation.batch_size)
     fast = {"cuda_graphs": config.rollout.cuda_graphs, "merge_adapters": config.rollout.merge_adapters}
-    own, card_engine = (TorchEngine(roles.special, rows, config.model.autocast, **fast) for rows in sizes)
+    own, extrapolator = (TorchEngine(roles.special, rows, config.model.autocast, **fast) for rows in sizes)
     engine: RolloutEngine = own
-    judge: RolloutEngine = card_engine
+    judge: RolloutEngine = extrapolator
     if config.rollout.engine == "vllm":
         known = [*prompts, *judged_prompts, *demonstrations.heldout_prompts, *(others.prompts if others else [])]
         longest = max((len(p.ids) for p in known), default=0)
@@ -273,7 +273,7 @@ def _load(config: RunConfig, progress: Progress, judging: bool) -> Loaded:
         scorer,
         engine,
         judge,
-        card_engine,
+        None if roles.spread and config.rollout.engine == "vllm" else extrapolator,
         sampling,
         summary.to_dict(),
         preference_model,

@@ -21,7 +21,7 @@ from srppo.models.over_rollout import role_logprobs
 from srppo.models.roles import Roles
 from srppo.records import Example, Prompt, Rollout
 from srppo.rewards import CoherentReward
-from srppo.rollout.engine import Sampling, repeated
+from srppo.rollout.engine import RolloutEngine, Sampling, repeated
 from srppo.rollout.extrapolation import generate_extrapolated
 from srppo.rollout.record import position_limit
 from srppo.rollout.torch_engine import TorchEngine
@@ -121,7 +121,8 @@ class Gatherer:
     """Samples and scores, with everything that needs."""
 
     roles: Roles
-    engine: TorchEngine
+    engine: RolloutEngine
+    extrapolator: TorchEngine | None
     config: RunConfig
     check: Callable[[], None]  # raises where the user wants to stop
     poll: Callable[[int, int], None]  # the same in the middle of decoding, with rows done and rows in all
@@ -142,6 +143,7 @@ class Gatherer:
         self, start: str, numerator: str, beta: float, prompts: Sequence[list[int]], each: int, purpose: str
     ) -> Responses:
         """The same by logit extrapolation, two or three models token by token."""
+        assert self.extrapolator is not None
         rows, seeds, index = self._rows("sft", prompts, each, purpose)
         rollout = generate_extrapolated(
             self.roles,
@@ -149,7 +151,7 @@ class Gatherer:
             seeds,
             self._sampling,
             beta=beta,
-            engine=self.engine,
+            engine=self.extrapolator,
             start=start,
             numerator=numerator,
             prompt_index=index,

@@ -17,6 +17,7 @@ from srppo.methods.srppo import coherent_reward, first_beta
 from srppo.models.roles import Roles
 from srppo.progress import Progress
 from srppo.records import Example, Prompt
+from srppo.rollout.engine import RolloutEngine
 from srppo.rollout.torch_engine import TorchEngine
 from srppo.scoring import Scorer
 from srppo.train.sft import share_name
@@ -32,7 +33,8 @@ def diagnose(
     prompts: Sequence[Prompt],
     config: RunConfig,
     *,
-    engine: TorchEngine,
+    engine: RolloutEngine,
+    extrapolator: TorchEngine | None,
     decode: Callable[[list[int]], str],
     scorer: Scorer | None,
     progress: Progress,
@@ -43,11 +45,12 @@ def diagnose(
 
     checkpoints: the SFT checkpoints PPO may start from and the reward may use; the last name is the default for both.
     heldout: demonstrations no checkpoint was trained on; heldout_prompts: their prompts with fields for the scorer.
-    prompts: of PPO. Without held-out demonstrations the card can only describe: verdict caution, defaults kept.
+    prompts: of PPO. extrapolator: for the preview by logits, which is left out without it.
+    Without held-out demonstrations the card can only describe: verdict caution, defaults kept.
     """
     settings, reward = config.diagnose, coherent_reward(config.reward)
     scorer = forgiving(scorer, progress.warn)
-    gatherer = Gatherer(roles, engine, config, check, poll)
+    gatherer = Gatherer(roles, engine, extrapolator, config, check, poll)
     open_pairs = considered(checkpoints, config)
     starts, numerators = (list(dict.fromkeys(side)) for side in zip(*open_pairs, strict=True))
     # Empty where beta does not mean what the theory says: nothing is foretold of any then.

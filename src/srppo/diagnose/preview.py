@@ -32,13 +32,16 @@ def preview_rows(
 ) -> list[PreviewRow]:
     """Rows for base, start, logit extrapolation at beta and weight extrapolation at ALPHA, on each group's prompts.
 
-    No rows of logits with beta 0; none of weights where there is no line from the base's to the start's, which `note` is told.
+    No rows of logits with beta 0, or where the models have no room beside each other; none of weights where there is no line from the
+    base's to the start's. Of the latter two `note` is told.
     """
     few = max(2, gatherer.config.diagnose.samples // 2)
     made: list[tuple[str, list[Responses]]] = []
     prompts = [[p.ids for p in g.prompts] for g in groups]
     with checkpoints.role(gatherer.roles, start) as role:
-        if beta > 0:
+        if gatherer.extrapolator is None:
+            note("reward card: no preview by logits, as no process holds two whole models where weights are spread and vLLM decodes")
+        elif beta > 0:
             with checkpoints.role(gatherer.roles, numerator, loaded_as=NUMERATOR) if numerator != start else nullcontext(role) as top:
                 logits = [gatherer.sample_extrapolated(role, top, beta, ids, few, g.name) for g, ids in zip(groups, prompts)]
             made.append((f"logits, beta {beta:g}", logits))

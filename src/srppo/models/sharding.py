@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from srppo.world import world
 
 T = TypeVar("T")
 _RUN = "_srppo_run"
+_IN_COPIES: WeakSet[FSDPModule] = WeakSet()  # models of which there are several copies, each spread
 
 
 class Sharding:
@@ -57,6 +58,9 @@ class Sharding:
         setattr(model, _RUN, MethodType(_call, model))
         register_fsdp_forward_method(model, _RUN)
         self._frames[model] = frame
+        if self.mesh.ndim == 2:
+            assert isinstance(model, FSDPModule)
+            _IN_COPIES.add(model)
         return model
 
     def _apply(self, module: nn.Module) -> None:
@@ -131,6 +135,13 @@ def _groups(module: FSDPModule) -> list[Any]:
     if groups is None:
         groups = [g for g in [state._fsdp_param_group] if g is not None]
     return [g for g in groups if hasattr(g, "comm_ctx")]
+
+
+def sum_between_copies(now: bool) -> None:
+    """Whether backward passes from here on sum gradients between the copies of spread weights (HSDP): a step needs it in its last
+    micro-batch alone. Until then FSDP2 keeps this copy's sums."""
+    for model in _IN_COPIES:
+        model.set_requires_all_reduce(now)
 
 
 @contextmanager

@@ -27,6 +27,16 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Card:
+    """The reward card."""
+
+    rows: int  # that it samples in one go, at most
+    samples: int  # of them a prompt
+    loads: int  # checkpoints beside base and SFT that are in memory with them
+    together: int  # models that decode together for its preview by logits; 0: none
+
+
+@dataclass(frozen=True)
 class Settings:
     """The keys the formulas take, by the names they have in a recipe where there is one."""
 
@@ -66,6 +76,7 @@ class Settings:
     cpu_offload: bool = False
     alone: bool = True  # one process
     background_saves: bool = False
+    card: Card | None = None
 
     @property
     def prefix_layers(self) -> int | None:
@@ -145,6 +156,23 @@ def read_settings(config: RunConfig) -> Settings:
         shard_size=config.parallel.shard_size,
         cpu_offload=config.parallel.cpu_offload,
         background_saves=config.background_checkpoints,
+        card=_card(config),
+    )
+
+
+def _card(config: RunConfig) -> Card | None:
+    """What diagnose/inquiry.py does by this recipe."""
+    card, sft, reward = config.diagnose, config.sft, config.reward
+    if not card.enabled or reward.kind != "coherent":
+        return None
+    several = sft.checkpoint is None and len(sft.checkpoints_at) > 1
+    starts = several and sft.keep == "auto"
+    apart = reward.checkpoint != "sft" and (several or reward.checkpoint != "auto")  # the numerator may be another than the start
+    return Card(
+        max(card.heldout, card.prompts) * card.samples,
+        card.samples,
+        loads=max(starts + card.preview, starts or apart),
+        together=(3 if apart else 2) if card.preview else 0,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from srppo.planning.architecture import Counts
 from srppo.planning.dryrun import Footprint
-from srppo.planning.inputs import BYTES, Lengths, Settings
+from srppo.planning.inputs import BYTES, Card, Lengths, Settings
 from srppo.planning.processes import Processes
 
 ROOM = 64  # columns by which rollout/cache.py lets a layer's buffers grow
@@ -170,7 +170,7 @@ def phases(
         return [Item(role, "checkpoint copy", 3 * held(trained[role]), host=gpu) for role in roles]
 
     def decoding(role: str, rows: int, distinct: int) -> list[Item]:
-        """Decoding in this process; in vLLM's share, or on a server, it takes no more here."""
+        """Decoding in this process; in vLLM's share, or on a server, it takes no more here than the adapter or weights handed over."""
         merged = [Item(role, "merged copy", model.adapted * BYTES[s.dtype])] if s.merges(gpu) else []
         if s.engine != "torch":
             handed = [Item(role, SAVED, n * (each if s.full else frozen), host=gpu)] if sharded else []
@@ -178,6 +178,21 @@ def phases(
         copy = [Item(role, "gathered copy", n * (each if s.full else frozen))] if sharded else []
         parts = decoding_peak(model, rows, distinct, lengths, cache_each, passes["prefill"], passes["decode"])
         return copy + merged + [Item(role, purpose, size) for purpose, size in parts.items()]
+
+    def looking(card: Card) -> list[Item]:
+        """The reward card: the checkpoints it loads, and what it decodes with one of them or, for its preview, with several together."""
+        loaded = Item("sft", "weights", card.loads * (p.holds(n * frozen) if s.full else held(trained["sft"])), away and s.full)
+        rows = min(s.evaluation_rows, p.rows(card.rows))
+        ways = [decoding("sft", rows, -(-rows // card.samples))]
+        if card.together and not (sharded and s.engine != "torch"):
+            rows = min(max(1, s.evaluation_rows // card.together), rows)  # keys and values of each model
+            parts = decoding_peak(model, rows, rows, lengths, cache_each, passes["prefill"], passes["decode"])
+            parts["kv cache"] *= card.together
+            parts["logits"] = parts.get("logits", 0) + 4 * rows * model.counts.vocabulary  # of the one before, weighted
+            copies = (card.together if s.full else 1) * sharded
+            parts["gathered copy"] = copies * n * frozen
+            ways.append([Item("sft", purpose, size) for purpose, size in parts.items() if size])
+        return [loaded, *max(ways, key=lambda items: sum(i.bytes for i in items if not i.host))]
 
     base = Item("base", "weights", p.holds(n * frozen), away)
     first = base if gpu else Item("base", "weights", n * frozen)  # spread when all of it is there
@@ -200,6 +215,8 @@ def phases(
         resting = list(gone)
     else:
         scoring = tuple(resting)
+    if s.card is not None:
+        out.append(Phase("reward card", (*scoring, *beside, *looking(s.card))))
     learners = [item for role in ("policy", "critic") if role in trained for item in trainee(role)]
     rows = min(s.rollout_rows, p.rows(s.rollouts))
     asked = lengths.evaluated * s.samples if lengths.evaluated is not None else s.evaluation_rows

@@ -19,8 +19,9 @@ LOWERS = {
     "ppo.micro_batch_tokens": {"scoring", *UPDATES},
     "sft.micro_batch_tokens": {"sft"},
     "rollout.batch_size": {"rollout"},
-    "evaluation.batch_size": {"evaluation"},
-    "rollout.merge_adapters": {"rollout", "evaluation"},
+    "evaluation.batch_size": {"reward card", "evaluation"},
+    "diagnose.preview": {"reward card"},
+    "rollout.merge_adapters": {"reward card", "rollout", "evaluation"},
     "model.gradient_checkpointing": {"sft", *UPDATES},
 }
 LEAST = {"ppo.micro_batch_tokens": 256, "sft.micro_batch_tokens": 256, "rollout.batch_size": 8, "evaluation.batch_size": 8}
@@ -50,6 +51,8 @@ def remedies(config: RunConfig, gpu: bool, layers: int, processes: int = 1) -> I
     for key, least in LEAST.items():
         if value_of(config, key) > least:
             yield {key: least}
+    if config.diagnose.enabled and config.diagnose.preview:
+        yield {"diagnose.preview": False}
     if config.tuning.kind == "lora" and config.rollout.merge_adapters:
         yield {"rollout.merge_adapters": False}
     if config.rollout.engine == "vllm" and config.rollout.server is None:

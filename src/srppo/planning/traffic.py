@@ -107,8 +107,8 @@ class Network:
             return self._summed(phase, f"{role}: gradients", self.world, steps * size, steps * buckets(size))
         sent = self.shard.gather(times * own.whole * each)
         flows += self._flow(phase, f"{role}: gradients", "reduce-scatter", self.shard, sent, times * own.units)
-        parts = times * own.whole * each / self.processes.shards
-        return flows + self._summed(phase, f"{role}: gradients of the copies", self.replica, parts, times * own.units)
+        parts = steps * own.whole * each / self.processes.shards  # with a step's last micro-batch
+        return flows + self._summed(phase, f"{role}: gradients of the copies", self.replica, parts, steps * own.units)
 
     def scoring(self, micros: int) -> list[Flow]:
         """Of the frozen roles' and the critic's word on a round."""

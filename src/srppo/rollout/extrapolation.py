@@ -75,7 +75,8 @@ def generate_extrapolated(
             ]
         )
         rooms = [room for model in models.values() if (room := position_limit(unwrapped(model).config)) is not None]
-        return engine.generate_by(step, min(rooms, default=None), prompts, seeds, sampling, prompt_index, on_progress)
+        room = min(rooms, default=None)
+        return engine.generate_by(step, room, prompts, seeds, sampling, prompt_index, on_progress, len(models))
 
 
 class CombinedToken:

@@ -95,10 +95,12 @@ class TorchEngine:
         sampling: Sampling,
         prompt_index: Sequence[int] | None = None,
         on_progress: Progress | None = None,
+        models: int = 1,
     ) -> Rollout:
         """`generate` by any function that says the next token's logits, within `generating` for each model behind it.
 
-        room: how many tokens a sequence may have, None for no limit.
+        room: how many tokens a sequence may have, None for no limit. models: how many keep keys and values of a row; so many times
+        fewer rows are decoded at once.
         Of several processes each decodes its share of the rows, and all get all; on_progress speaks of the share until all is there.
         """
         assert len(prompts) == len(seeds) and (prompt_index is None or len(prompt_index) == len(prompts))
@@ -113,7 +115,7 @@ class TorchEngine:
             def decode(width: int) -> tuple[Tensor, Tensor]:
                 return self._decode(step, [rows[r] for r in share], [seeds[r] for r in share], sampling, on_progress, stats, width)
 
-            return share, *limits.within("rollout.batch_size", self.batch_size, 1, decode)
+            return share, *limits.within("rollout.batch_size", self.batch_size, 1, lambda size: decode(max(1, size // models)))
 
         decoded = here.each(decode_share)
         if on_progress is not None and not here.alone:

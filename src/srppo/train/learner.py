@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from srppo.memory_limit import limits
-from srppo.models.sharding import own, squared_norm
+from srppo.models.sharding import own, squared_norm, sum_between_copies
 from srppo.records import LossOutput
 from srppo.world import world
 
+T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20  # of gradients summed at once
 
 
@@ -106,7 +108,8 @@ class Learner:
         """Gradients of the micro-batches, from zero. Returns the sums of their losses and metrics."""
         total, sums = 0.0, dict[str, Tensor]()
         self.optimizer.zero_grad(set_to_none=True)
-        for micro_loss in micro_losses:
+        for micro_loss, last in with_last(micro_losses):
+            sum_between_copies(last)
             out = micro_loss()
             (out.loss / max(denominator, 1)).backward()
             total += float(out.loss.detach())
@@ -141,6 +144,18 @@ class Learner:
             for slot, value in held.items():  # the fused step goes over raw memory: a moment must lie as its weight does
                 if not isinstance(value, DTensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                     held[slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Each item, and whether it is the last."""
+    nothing = object()
+    before: Any = nothing
+    for item in items:
+        if before is not nothing:
+            yield before, False
+        before = item
+    if before is not nothing:
+        yield before, True
 
 
 def sum_gradients(parameters: Sequence[Parameter]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -76,8 +76,8 @@ def update(
         order = [rows[i] for i in permutation(len(rows), seed, "minibatches", iteration, epoch)]
         epoch_kl = []
         for minibatch in split_rows(order, config.minibatches) if rows else []:
-            seed_dropout(seed, "ppo", iteration, done, world().rank)
-            kl = _minibatch(roles, experience, minibatch, policy, critic, config, train_policy, done == 0, compute, log)
+            drawn = partial(seed_dropout, seed, "ppo", iteration, done, world().rank)
+            kl = _minibatch(roles, experience, minibatch, policy, critic, config, train_policy, done == 0, drawn, compute, log)
             epoch_kl.append(kl)
             done += 1
             on_step(done, total)
@@ -133,10 +133,11 @@ def _minibatch(
     config: PPOConfig,
     train_policy: bool,
     first: bool,
+    drawn: Callable[[str], None],
     compute: Compute,
     log: UpdateLog,
 ) -> float:
-    """One optimizer step of each learner on a minibatch. Returns its approximate KL, nats a token."""
+    """One optimizer step of each learner on a minibatch. drawn: seeds dropout for a role. Returns its approximate KL, nats a token."""
     rollout, device, here = experience.rollout, roles.device, world()
     denominator = int(rollout.lengths[minibatch].sum())
     costs = [len(rollout.prompt_ids[r]) + n for r, n in zip(minibatch, rollout.lengths[minibatch].tolist())]
@@ -168,20 +169,20 @@ def _minibatch(
         values = roles.values(batch, train=True)
         return clipped_value_loss(values, flat(experience.old_values, rows), flat(experience.returns, rows), config.value_clip)
 
-    def work(loss: Callable[[list[int], TokenBatch], LossOutput]) -> Cut:
-        def losses(size: int) -> Iterator[Callable[[], LossOutput]]:
+    def work(role: str, loss: Callable[[list[int], TokenBatch], LossOutput]) -> Cut:
+        def losses(size: int) -> list[Callable[[], LossOutput]]:
+            drawn(role)
             first_logprobs.clear()
-            for micro in cut(size):
-                yield partial(loss, *micro)
-            log.first_logprobs += first_logprobs  # without those of the spare ones
-            for micro in micro_batches(roles, rollout, size, minibatch[:1]) * silent:  # all run a spread model as often as each other
-                yield silenced(partial(loss, *micro))
+            own = [partial(loss, *micro) for micro in cut(size)]
+            spare = micro_batches(roles, rollout, size, minibatch[:1]) * silent  # all run a spread model as often as each other
+            return [*own, *(silenced(partial(loss, *micro)) for micro in spare)]
 
         return Cut(KEY, config.micro_batch_tokens, max((costs[minibatch.index(r)] for r in mine), default=1), losses)
 
     approx_kl = 0.0
     if train_policy:
-        step = policy.step(work(policy_loss), denominator)
+        step = policy.step(work("policy", policy_loss), denominator)
+        log.first_logprobs += first_logprobs[: len(first_logprobs) - silent]
         approx_kl = step.metrics["approxkl"]
         log.values["loss/policy_avg"].append(step.loss)
         log.values["policy/approxkl_avg"].append(approx_kl)
@@ -193,7 +194,7 @@ def _minibatch(
         log.values["val/ratio"].append(step.metrics["ratio"])
     if critic is None:
         return approx_kl
-    step = critic.step(work(value_loss), denominator)
+    step = critic.step(work("critic", value_loss), denominator)
     log.values["loss/value_avg"].append(step.loss)
     log.values["val/clipfrac_avg"].append(step.metrics["clipfrac"])
     log.values["critic/grad_norm"].append(step.grad_norm)
