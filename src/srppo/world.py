@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the command answers --help before torch is loaded
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 writes a model, draws the report, or asks a vLLM server
+MEETING = timedelta(minutes=10)  # for all to come: libraries load slowly from a busy network file system
 LOOK_EVERY = 0.5  # seconds between two looks at whether another process has failed
 # What torch.distributed says of a process that has gone.
 PARTED = (
@@ -175,10 +176,8 @@ def start_world() -> World:
         if cuda:
             torch.cuda.set_device(local)
         if not dist.is_initialized():
-            met: dict[str, Any] = {}
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # which outlives a restart, with the addresses of the dead
-                met = {"store": _store(TIMEOUT), "rank": rank, "world_size": size}
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, **met)
+            store = _store(TIMEOUT) if _agent() else _meet(rank, size)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, store=store, rank=rank, world_size=size)
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other variables that torchrun sets are missing or wrong ({error}); "
@@ -230,6 +229,20 @@ def world_of_run() -> Iterator[World]:
                     f"another process of the run is gone: killed, out of memory, or not to be reached ({said}). Continue with --resume"
                 ) from None
         raise
+
+
+def _agent() -> bool:
+    """Whether torchrun holds the store. It outlives a restart, with the addresses of the dead."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _meet(rank: int, size: int) -> Store:
+    """The store, held by rank 0, in which the processes meet where no torchrun has brought them together. Raises where some do not come."""
+    dist, host, port = _dist(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    meeting = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=MEETING, multi_tenant=True)
+    meeting.set_timeout(TIMEOUT)
+    store: Store = dist.PrefixStore("meeting", meeting)
+    return store
 
 
 def _store(timeout: timedelta) -> Store:

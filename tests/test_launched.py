@@ -1,0 +1,58 @@
+"""A process that torchrun has started with others, before it has met them, or where it has no need to."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from srppo import world
+from srppo.cli import cli
+from srppo.config import build, dump
+from srppo.errors import ConfigError
+from srppo.run_folder import RunFolder
+
+
+def become(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two processes on a machine; nobody is there to be met."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("command", ["config", "report", "lab world"])
+def test_what_one_process_does_the_first_does(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    RunFolder.open(tmp_path / "run", dump(build({}))).close()
+    arguments = {"report": [str(tmp_path / "run")], "lab world": ["--output", str(tmp_path / "world")], "config": []}[command]
+    said = {}
+    for rank in (1, 0):
+        become(rank, monkeypatch)
+        result = CliRunner().invoke(cli, [*command.split(), *arguments])
+        assert result.exit_code == 0, result.output
+        said[rank] = result.output
+        assert (tmp_path / "world").exists() == (rank == 0 and command == "lab world")
+    assert said[0] and not said[1]
+
+
+@pytest.mark.parametrize("arguments", [["align", "nowhere.yaml"], ["nonsense"]])
+def test_an_error_that_all_have_is_said_by_the_first_of_a_machine(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun ends all when one has ended: the others leave it time to speak, and speak if they are left alive."""
+    waited: list[float] = []
+    monkeypatch.setattr("srppo.cli.time.sleep", waited.append)
+    become(0, monkeypatch)
+    first = CliRunner().invoke(cli, arguments)
+    assert first.exit_code == 2 and first.stderr and not waited
+    become(1, monkeypatch)
+    other = CliRunner().invoke(cli, arguments)
+    assert other.exit_code == 2 and len(waited) == 1 and waited[0] >= 2
+    assert other.stderr == first.stderr.replace("srppo: ", "srppo: process 1: ")
+
+
+def test_one_whose_others_do_not_come_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "MEETING", timedelta(seconds=1))
+    become(0, monkeypatch)
+    with pytest.raises(ConfigError, match=r"the 2 processes did not find each other: .*1/2 clients joined"):
+        world.start_world()
+    assert world.world().alone
