@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from click.testing import CliRunner
 from srppo import world
 from srppo.cli import cli
 from srppo.config import build, dump
-from srppo.errors import ConfigError
+from srppo.errors import ConfigError, LostProcess, SrppoError
+from srppo.rollout.vllm_http import Refused
 from srppo.run_folder import RunFolder
+from srppo.train.checkpoint_state import DamagedCheckpoint
 
 
 def become(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,3 +59,27 @@ def test_one_whose_others_do_not_come_ends_with_an_error(monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match=r"the 2 processes did not find each other: .*1/2 clients joined"):
         world.start_world()
     assert world.world().alone
+
+
+class Stubborn(SrppoError):
+    """One that pickle cannot make anew."""
+
+    exit_code = 3
+
+    def __init__(self, file: str, line: int):
+        super().__init__(f"{file}, line {line}")
+
+
+def test_an_error_arrives_as_it_left() -> None:
+    for error in (Refused("no", 400), DamagedCheckpoint(Path("a"), "b")):
+        done, found = pickle.loads(pickle.dumps(world._sendable((False, error))))
+        assert not done and type(found) is type(error) and str(found) == str(error) and vars(found) == vars(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said", "code"),
+    [(Stubborn("f", 3), SrppoError, "f, line 3", 3), (ValueError(test for test in ()), LostProcess, "ValueError: <generator", 5)],
+)
+def test_one_that_cannot_travel_is_said_all_the_same(error: Exception, kind: type[SrppoError], said: str, code: int) -> None:
+    _, found = pickle.loads(pickle.dumps(world._sendable((False, error))))
+    assert type(found) is kind and str(found).startswith(said) and found.exit_code == code

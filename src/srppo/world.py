@@ -317,14 +317,18 @@ class _Watch:
 def _sendable(result: tuple[bool, Any]) -> tuple[bool, Any]:
     """An error of a class that cannot travel becomes a plain one."""
     done, value = result
-    if done or isinstance(value, SrppoError):
+    if done:
         return result
     import pickle
 
     try:
         pickle.loads(pickle.dumps(value))
     except Exception:
-        return False, LostProcess(f"{type(value).__name__}: {value}")
+        if not isinstance(value, SrppoError):
+            return False, LostProcess(f"{type(value).__name__}: {value}")
+        plain = SrppoError(str(value))
+        plain.exit_code = value.exit_code
+        return False, plain
     return result
 
 
