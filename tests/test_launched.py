@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from click.testing import CliRunner
 
 from srppo import world
@@ -16,6 +21,7 @@ from srppo.errors import ConfigError, LostProcess, SrppoError
 from srppo.rollout.vllm_http import Refused
 from srppo.run_folder import RunFolder
 from srppo.train.checkpoint_state import DamagedCheckpoint
+from srppo.train.interrupt import Terminated
 
 
 def become(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +84,43 @@ def test_an_error_arrives_as_it_left() -> None:
 
 @pytest.mark.parametrize(
     ("error", "kind", "said", "code"),
-    [(Stubborn("f", 3), SrppoError, "f, line 3", 3), (ValueError(test for test in ()), LostProcess, "ValueError: <generator", 5)],
+    [(Stubborn("f", 3), SrppoError, "f, line 3", 3), (ValueError(threading.Lock()), LostProcess, "ValueError: <unlocked", 5)],
 )
 def test_one_that_cannot_travel_is_said_all_the_same(error: Exception, kind: type[SrppoError], said: str, code: int) -> None:
     _, found = pickle.loads(pickle.dumps(world._sendable((False, error))))
     assert type(found) is kind and str(found).startswith(said) and found.exit_code == code
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], world._Watch]:
+    """Makes the watch of one of three processes, all of which are this one."""
+    store = dist.HashStore()
+    monkeypatch.setattr(world, "_store", lambda timeout: store)
+    monkeypatch.setattr(world, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return lambda rank: world._Watch(world.World(rank, 3, rank, 3))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
+def test_a_ctrl_c_is_told_of_once(order: tuple[int, ...], watch: Callable[[int], world._Watch]) -> None:
+    """Whoever comes to it first: a process may be in a collective, out of which no signal gets it."""
+    errors = [KeyboardInterrupt() for _ in order]
+    for rank, error in zip(order, errors):
+        watch(rank).failed(error)
+    assert [bool(vars(error).get("told")) for error in errors] == [False, True, True]
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143), (ConfigError("no"), 2), (ValueError(), 1)])
+def test_the_others_end_with_the_code_of_the_first_that_failed(
+    error: BaseException, code: int, watch: Callable[[int], world._Watch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(world, "GRACE", 0.01)
+    monkeypatch.setattr(world.os, "_exit", ended.append)
+    hanging = watch(1)
+    watch(0).failed(error)
+    limit = time.monotonic() + 20
+    while not ended and time.monotonic() < limit:
+        time.sleep(0.01)
+    hanging.stop()
+    assert ended[0] == code

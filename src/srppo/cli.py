@@ -76,6 +76,7 @@ def _process() -> str:
 def after_interrupt(output: str | None) -> str:
     """What a run that was cut off at once (before or while it saved) left, and how to go on."""
     from srppo.run_folder import is_run
+    from srppo.world import launched
 
     if output is None:
         return "srppo: interrupted"
@@ -87,7 +88,8 @@ def after_interrupt(output: str | None) -> str:
     newest = max(saved, default=(None, None, None))[2]
     kept = f"the state of {newest} is kept" if newest else "finished stages are kept, the stage it was in starts again"
     words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
-    return f"srppo: interrupted; {kept}. Continue with: srppo {shlex.join(words)} --resume"
+    command = "torchrun … -m srppo" if launched() else "srppo"
+    return f"srppo: interrupted; {kept}. Continue with: {command} {shlex.join(words)} --resume"
 
 
 def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:

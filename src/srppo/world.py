@@ -40,6 +40,7 @@ PARTED = (
     "Socket",
 )  # in words of torch.distributed
 FAILED = "failed"  # the key of the first failure
+SAID = "said"  # the key of how many processes were about to tell of a Ctrl-C
 GRACE = 4.0  # seconds that a process has, once another has failed, to end by an error of its own
 
 
@@ -275,7 +276,8 @@ class _Watch:
         self._thread.join(timeout=10)
 
     def failed(self, error: BaseException) -> int | None:
-        """Tell the others. Of an error that rank 0 has too, `told` is set: it says it. Returns who failed before, if another did."""
+        """Tell the others. Of an error that another process says `told` is set: rank 0 if it has one too, else the first that had one.
+        Returns who failed before, if another did."""
         if self.over:
             return None
         if threading.current_thread() is threading.main_thread():
@@ -287,13 +289,20 @@ class _Watch:
                 return earlier
             self._telling.set(f"{FAILED}/{self._here.rank}", "")
             if earlier is None:
-                self._telling.set(FAILED, f"{self._here.rank} {getattr(error, 'exit_code', 1)}")
+                code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+                self._telling.set(FAILED, f"{self._here.rank} {code}")
+            told = self._here.main and self._said(error)
             time.sleep(2 * LOOK_EVERY)  # rank 0 may hold the store that the others look into
             if not self._here.main:
-                error.__dict__["told"] = earlier is not None or self._telling.check([f"{FAILED}/0"])
+                told = earlier is not None or self._telling.check([f"{FAILED}/0"]) or self._said(error)
+            error.__dict__["told"] = told
         except Exception:  # the store is gone, and with it whoever was to be told
             pass
         return None
+
+    def _said(self, error: BaseException) -> bool:
+        """Whether another process has told of a Ctrl-C, which is one for all: rank 0 may come to it late, out of a collective."""
+        return isinstance(error, KeyboardInterrupt) and self._telling.add(SAID, 1) > 1
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_EVERY):

@@ -27,6 +27,8 @@ class Interrupted(TrainingStopped):
 class Terminated(KeyboardInterrupt):
     """A second SIGTERM: stop at once, whatever is lost."""
 
+    exit_code = CODES[signal.SIGTERM]
+
 
 class StopRequested(Exception):
     """Raised by `Interrupt.check` inside a loop; never leaves it."""
