@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from srppo.train.interrupt import Interrupt, Interrupted, StopRequested, Terminated
+from srppo.world import World
 
 KINDS = [(signal.SIGINT, "Ctrl-C again", KeyboardInterrupt, 130), (signal.SIGTERM, "Another SIGTERM", Terminated, 143)]
 
@@ -37,3 +38,17 @@ def test_the_exit_code_is_the_first_signals(number: signal.Signals, code: int) -
         os.kill(os.getpid(), number)
         raise Interrupted("saved")
     assert stop.value.exit_code == code
+
+
+def test_of_several_processes_the_first_of_a_machine_says_what_a_signal_does(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for rank, said in ((0, "Ctrl-C again 10 seconds later stops at once"), (1, "")):
+        here = World(rank, 2, rank, 2)
+        monkeypatch.setattr("srppo.train.interrupt.world", lambda here=here: here)
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # one Ctrl-C comes twice, from the terminal and from torchrun
+            assert interrupt.requested
+        err = capfd.readouterr().err
+        assert said in err and bool(said) == bool(err)

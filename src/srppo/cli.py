@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT or SIGTERM, what a shell reports for a program that such a signal ended
+PATIENCE = 5.0  # seconds that a process leaves to the one that speaks for its machine: torchrun ends all as soon as one has failed
 
 
 class Commands(click.Group):
@@ -39,6 +42,10 @@ class Commands(click.Group):
             if _speaks(error):
                 click.echo(f"srppo: {_process()}{clean(str(error))}", err=True)  # it may quote data, and what a user's scorer said
             ctx.exit(error.exit_code)
+        except click.UsageError as error:
+            if _speaks(error):
+                raise
+            ctx.exit(error.exit_code)
         except KeyboardInterrupt as error:
             if _speaks(error):
                 click.echo("\n" + after_interrupt(ctx.meta.get("output")), err=True)
@@ -46,11 +53,15 @@ class Commands(click.Group):
 
 
 def _speaks(error: BaseException) -> bool:
-    """Whether this process is to tell of an error: of several, those that have not met yet have it alike, so one a machine does."""
+    """Whether this process is to tell of an error. Of several that have not met yet all have it alike as a rule, so one a machine speaks;
+    the others wait meanwhile, and do so too if nobody has ended them, as the error is theirs then."""
     from srppo.world import launched, world
 
     if launched() and world().alone:
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+        if (first := os.environ.get("LOCAL_RANK", "0") == "0") or isinstance(error, KeyboardInterrupt):
+            return first
+        time.sleep(PATIENCE)
+        return True
     return not getattr(error, "told", False)  # by rank 0
 
 
@@ -65,6 +76,7 @@ def _process() -> str:
 def after_interrupt(output: str | None) -> str:
     """What a run that was cut off at once (before or while it saved) left, and how to go on."""
     from srppo.run_folder import is_run
+    from srppo.world import launched
 
     if output is None:
         return "srppo: interrupted"
@@ -76,7 +88,8 @@ def after_interrupt(output: str | None) -> str:
     newest = max(saved, default=(None, None, None))[2]
     kept = f"the state of {newest} is kept" if newest else "finished stages are kept, the stage it was in starts again"
     words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
-    return f"srppo: interrupted; {kept}. Continue with: srppo {shlex.join(words)} --resume"
+    command = "torchrun … -m srppo" if launched() else "srppo"
+    return f"srppo: interrupted; {kept}. Continue with: {command} {shlex.join(words)} --resume"
 
 
 def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -96,6 +109,18 @@ def folder_options(command: Function) -> Function:
     """What to do with an output folder that exists."""
     command = click.option("--overwrite", is_flag=True, help="Delete the run that is in the output folder, and start anew.")(command)
     return click.option("--resume", is_flag=True, help="Continue the run in the output folder where it stopped.")(command)
+
+
+def by_the_first(command: Function) -> Function:
+    """A command for one process: of several that torchrun has started, the first does it and the others have nothing to do."""
+
+    @functools.wraps(command)
+    def alone(*args: Any, **options: Any) -> Any:
+        from srppo.world import launched
+
+        return None if launched() and os.environ.get("RANK", "0") != "0" else command(*args, **options)
+
+    return alone  # type: ignore[return-value]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -228,6 +253,7 @@ def diagnose(
 @click.option("--json", "as_json", is_flag=True, help="The plan as one JSON object on standard output, and nothing else there.")
 @click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors.")
 @click.pass_context
+@by_the_first
 def plan(
     ctx: click.Context,
     recipe: str | None,
@@ -320,6 +346,7 @@ def demo(ctx: click.Context, seed: int, output: str, resume: bool, overwrite: bo
 @click.option("--trust", is_flag=True, help="Allow the code and pickle weights that the run's configuration allows.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line: prompt, completion, tokens, ended.")
 @click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors.")
+@by_the_first
 def generate(model: str, prompts: tuple[str, ...], file: str | None, as_json: bool, **settings: Any) -> None:
     """Print a model's answers. MODEL is a model folder, an adapter folder, a run folder (its policy, else its SFT model) or a hub id."""
     if bool(prompts) == (file is not None):
@@ -332,6 +359,7 @@ def generate(model: str, prompts: tuple[str, ...], file: str | None, as_json: bo
 @cli.command(short_help="Write a run's report.html and plots anew.")
 @click.argument("run")
 @click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors.")
+@by_the_first
 def report(run: str) -> None:
     """Write report.html and the plots anew from what a run folder holds (also of an unfinished run)."""
     from srppo.report import write_report
@@ -342,6 +370,7 @@ def report(run: str) -> None:
 @cli.command(cls=RunCommand, short_help="Every key of a recipe, documented.")
 @click.argument("recipe", required=False)
 @click.pass_context
+@by_the_first
 def config(ctx: click.Context, recipe: str | None, **flags: str | None) -> None:
     """Print every key with its documentation and default; with a RECIPE or flags, the values a run would have."""
     from srppo.config import dump
@@ -364,6 +393,7 @@ def lab() -> None:
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps; by default as for the model that srppo ships.")
 @click.option("--seed", default=0, show_default=True)
 @common
+@by_the_first
 def pretrain(output: str, steps: int | None, seed: int, progress: str) -> None:
     """Pretrain the world's base model."""
     from srppo.lab.pretrain import STEPS
@@ -381,6 +411,7 @@ def pretrain(output: str, steps: int | None, seed: int, progress: str) -> None:
 @click.option("--output", required=True, help="Folder for the demonstrations, prompts and evaluation rows.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors.")
+@by_the_first
 def world(output: str, seed: int) -> None:
     """Write the world's demonstrations, prompts and evaluation rows as jsonl files, and a recipe that uses them."""
     from srppo.config import build, dump

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the command answers --help before torch is loaded
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 writes a model, draws the report, or asks a vLLM server
+MEETING = timedelta(minutes=10)  # for all to come: libraries load slowly from a busy network file system
 LOOK_EVERY = 0.5  # seconds between two looks at whether another process has failed
 # What torch.distributed says of a process that has gone.
 PARTED = (
@@ -39,6 +40,7 @@ PARTED = (
     "Socket",
 )  # in words of torch.distributed
 FAILED = "failed"  # the key of the first failure
+SAID = "said"  # the key of how many processes were about to tell of a Ctrl-C
 GRACE = 4.0  # seconds that a process has, once another has failed, to end by an error of its own
 
 
@@ -175,10 +177,8 @@ def start_world() -> World:
         if cuda:
             torch.cuda.set_device(local)
         if not dist.is_initialized():
-            met: dict[str, Any] = {}
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # which outlives a restart, with the addresses of the dead
-                met = {"store": _store(TIMEOUT), "rank": rank, "world_size": size}
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, **met)
+            store = _store(TIMEOUT) if _agent() else _meet(rank, size)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, store=store, rank=rank, world_size=size)
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other variables that torchrun sets are missing or wrong ({error}); "
@@ -232,6 +232,20 @@ def world_of_run() -> Iterator[World]:
         raise
 
 
+def _agent() -> bool:
+    """Whether torchrun holds the store. It outlives a restart, with the addresses of the dead."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _meet(rank: int, size: int) -> Store:
+    """The store, held by rank 0, in which the processes meet where no torchrun has brought them together. Raises where some do not come."""
+    dist, host, port = _dist(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    meeting = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=MEETING, multi_tenant=True)
+    meeting.set_timeout(TIMEOUT)
+    store: Store = dist.PrefixStore("meeting", meeting)
+    return store
+
+
 def _store(timeout: timedelta) -> Store:
     """A connection to where the processes meet. Keys of a start are apart from those of one before that torchrun has begun again."""
     dist, host, port = _dist(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -262,7 +276,8 @@ class _Watch:
         self._thread.join(timeout=10)
 
     def failed(self, error: BaseException) -> int | None:
-        """Tell the others. Of an error that rank 0 has too, `told` is set: it says it. Returns who failed before, if another did."""
+        """Tell the others. Of an error that another process says `told` is set: rank 0 if it has one too, else the first that had one.
+        Returns who failed before, if another did."""
         if self.over:
             return None
         if threading.current_thread() is threading.main_thread():
@@ -274,13 +289,20 @@ class _Watch:
                 return earlier
             self._telling.set(f"{FAILED}/{self._here.rank}", "")
             if earlier is None:
-                self._telling.set(FAILED, f"{self._here.rank} {getattr(error, 'exit_code', 1)}")
+                code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+                self._telling.set(FAILED, f"{self._here.rank} {code}")
+            told = self._here.main and self._said(error)
             time.sleep(2 * LOOK_EVERY)  # rank 0 may hold the store that the others look into
             if not self._here.main:
-                error.__dict__["told"] = earlier is not None or self._telling.check([f"{FAILED}/0"])
+                told = earlier is not None or self._telling.check([f"{FAILED}/0"]) or self._said(error)
+            error.__dict__["told"] = told
         except Exception:  # the store is gone, and with it whoever was to be told
             pass
         return None
+
+    def _said(self, error: BaseException) -> bool:
+        """Whether another process has told of a Ctrl-C, which is one for all: rank 0 may come to it late, out of a collective."""
+        return isinstance(error, KeyboardInterrupt) and self._telling.add(SAID, 1) > 1
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_EVERY):
@@ -304,14 +326,18 @@ class _Watch:
 def _sendable(result: tuple[bool, Any]) -> tuple[bool, Any]:
     """An error of a class that cannot travel becomes a plain one."""
     done, value = result
-    if done or isinstance(value, SrppoError):
+    if done:
         return result
     import pickle
 
     try:
         pickle.loads(pickle.dumps(value))
     except Exception:
-        return False, LostProcess(f"{type(value).__name__}: {value}")
+        if not isinstance(value, SrppoError):
+            return False, LostProcess(f"{type(value).__name__}: {value}")
+        plain = SrppoError(str(value))
+        plain.exit_code = value.exit_code
+        return False, plain
     return result
 
 

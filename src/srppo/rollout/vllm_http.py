@@ -34,7 +34,7 @@ class ServerError(SrppoError):
 class Refused(ServerError):
     """An answer that no retry would change."""
 
-    def __init__(self, message: str, status: int):
+    def __init__(self, message: str, status: int = 0):  # the default is for pickle, which sends it to other processes
         self.status = status
         super().__init__(message)
 

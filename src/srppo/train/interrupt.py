@@ -27,6 +27,8 @@ class Interrupted(TrainingStopped):
 class Terminated(KeyboardInterrupt):
     """A second SIGTERM: stop at once, whatever is lost."""
 
+    exit_code = CODES[signal.SIGTERM]
+
 
 class StopRequested(Exception):
     """Raised by `Interrupt.check` inside a loop; never leaves it."""
@@ -60,8 +62,11 @@ class Interrupt:
                 return
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.requested, self.signal, self._since = True, signal.Signals(number), time.monotonic()
+        if world().local_rank:
+            return  # one of a machine speaks
         again = "Ctrl-C again" if number == signal.SIGINT else "Another SIGTERM"
-        message = f"\nstopping: the work at hand is finished and saved first. {again} stops at once, back to the last checkpoint.\n"
+        when = "" if world().alone else f" {ONE_SIGNAL:.0f} seconds later"
+        message = f"\nstopping: the work at hand is finished and saved first. {again}{when} stops at once, back to the last checkpoint.\n"
         os.write(2, message.encode())  # print is not safe in a signal handler
 
     def check(self) -> None:
