@@ -152,6 +152,27 @@ def test_a_file_that_the_system_refuses_to_let_grow(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"] and load_checkpoint(tmp_path, 1).step == 1
 
 
+def test_records_are_on_the_disk_before_the_checkpoint_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure must not leave a checkpoint whose rounds' records, which no resumed run writes again, are gone."""
+    order: list[str] = []
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    monkeypatch.setattr(module, "sync_file", lambda path: order.append(Path(path).name))
+    monkeypatch.setattr(module.os, "replace", lambda old, new, replace=os.replace: (order.append("renamed"), replace(old, new))[1])
+    save_checkpoint(tmp_path / "checkpoints/ppo", content(1), keep=1)
+    assert order[0] == "metrics.jsonl" and "renamed" in order[1:]
+
+
+def test_a_step_that_was_just_saved_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a signal after a round's checkpoint there is no time to sum up a terabyte."""
+    read: list[Path] = []
+    monkeypatch.setattr(module, "is_whole", lambda path: (read.append(path), False)[1])
+    with Saver(tmp_path, keep=2) as saver:
+        saver.save(content(1))
+        saver.save(content(1))
+        saver.save(content(2))
+    assert read == [checkpoint_path(tmp_path, 1), checkpoint_path(tmp_path, 2)] and saved_steps(tmp_path) == [1, 2]
+
+
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     program = """
         import torch

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from srppo import world
 from srppo.cli import cli
 from srppo.config import build, dump
-from srppo.errors import ConfigError, LostProcess, SrppoError
+from srppo.errors import ConfigError, SrppoError
 from srppo.rollout.vllm_http import Refused
 from srppo.run_folder import RunFolder
 from srppo.train.checkpoint_state import DamagedCheckpoint
@@ -84,7 +84,7 @@ def test_an_error_arrives_as_it_left() -> None:
 
 @pytest.mark.parametrize(
     ("error", "kind", "said", "code"),
-    [(Stubborn("f", 3), SrppoError, "f, line 3", 3), (ValueError(threading.Lock()), LostProcess, "ValueError: <unlocked", 5)],
+    [(Stubborn("f", 3), SrppoError, "f, line 3", 3), (ValueError(threading.Lock()), SrppoError, "ValueError: <unlocked", 1)],
 )
 def test_one_that_cannot_travel_is_said_all_the_same(error: Exception, kind: type[SrppoError], said: str, code: int) -> None:
     _, found = pickle.loads(pickle.dumps(world._sendable((False, error))))

@@ -12,6 +12,7 @@ import torch
 from srppo.errors import MemoryRanOut, TrainingStopped
 from srppo.memory_limit import MemoryLimits, limits, ran_out
 from srppo.models import roles as roles_module
+from srppo.models.roles import Roles
 from srppo.records import LossOutput, TokenBatch
 from srppo.rollout import torch_engine
 from srppo.train.learner import Cut, Learner
@@ -63,6 +64,27 @@ def test_what_cannot_be_halved_or_begun_again_is_an_error() -> None:
         known.within("sft.micro_batch_tokens", 50, 20, never)
 
 
+def test_work_that_no_other_waits_for_begins_anew_wherever_the_weights_are() -> None:
+    known = MemoryLimits()
+    known.begin(apart=False)
+
+    def work(size: int) -> int:
+        if size > 30:
+            raise MemoryError
+        return size
+
+    assert known.within("rollout.batch_size", 64, 1, work, alone=True) == 16 and known.halved == 2
+
+
+def test_halvings_of_other_processes_are_told_and_counted() -> None:
+    told: list[str] = []
+    known = MemoryLimits()
+    known.begin(told.append)
+    known.hear([["memory ran out here"], ["memory ran out with a"], ["memory ran out with b", "again"]])
+    assert told == ["process 1: memory ran out with a", "process 2: memory ran out with b", "process 2: again"]
+    assert known.metrics() == {"memory/halved": 3.0} and known.news() == []
+
+
 def test_another_error_goes_through() -> None:
     with pytest.raises(ZeroDivisionError):
         MemoryLimits().within("x", 8, 1, lambda size: size // 0)
@@ -89,6 +111,22 @@ def test_a_step_begun_again_starts_from_zero_gradients() -> None:
     result = limited.step(Cut("sft.micro_batch_tokens", 4, 1, lambda size: losses(limited, size, True)), 8)
     expected = plain.step(losses(plain, 2, False), 8)
     assert result == expected and torch.equal(limited.parameters["w"], plain.parameters["w"]) and limits.halved == 1
+
+
+def test_the_layers_below_are_cut_finer_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tuning.lora_layers: the first pass over a rollout, whose states are kept."""
+    config = tiny_job(tmp_path, kind="lora", tuning__lora_layers=1, ppo__iterations=1, diagnose__enabled=False, guard__every=0)
+    states, rows = Roles.prefix_states, []
+
+    def prefix_states(self: Roles, batch: TokenBatch) -> torch.Tensor:
+        if len(batch.attention_mask) > 1 and int(batch.attention_mask.sum()) > 60:
+            raise torch.OutOfMemoryError("no memory")
+        rows.append(len(batch.attention_mask))
+        return states(self, batch)
+
+    monkeypatch.setattr(Roles, "prefix_states", prefix_states)
+    run(config)
+    assert limits.halved >= 3 and sum(rows) >= 8
 
 
 def test_a_whole_run_in_too_little_memory_ends_as_one_in_enough(

@@ -203,9 +203,16 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     for place, name in [("", ".sft.a1.part"), ("sft_checkpoints", ".share-1.b2.part"), ("checkpoints/ppo", ".checkpoint-3.partial")]:
         (run / place / name).mkdir(parents=True)
         (run / place / name / "model.safetensors").write_bytes(b"half")
-    for name in (".config.yaml.c3.tmp", "stages/.sft.json.d4.tmp", "evaluation/.base.jsonl.e5.tmp", "critic/.value_scale.json.f6.tmp"):
+    for name in (
+        ".config.yaml.c3.tmp",
+        "stages/.sft.json.d4.tmp",
+        "evaluation/.base.jsonl.e5.tmp",
+        "critic/.value_scale.json.f6.tmp",
+        "plots/.kl.png.h8.tmp",
+    ):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("half")
+    (run / "vllm/srppo-i9/weights-1").mkdir(parents=True)  # handed to servers
     (run / ".policy.g7.old" / "old").mkdir(parents=True)  # the new policy is in place: this one is of no use
     with RunFolder.open(run, CONFIG, resume=True):
         pass

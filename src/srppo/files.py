@@ -74,15 +74,20 @@ def sync_folder(path: str | Path) -> None:
         os.close(handle)
 
 
+def sync_file(path: str | Path) -> None:
+    """Flush a file to the disk."""
+    handle = os.open(path, os.O_RDWR)  # Windows flushes what may be written only
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_tree(folder: str | Path) -> None:
     """Flush a folder with all that is in it to the disk."""
     for place, _, names in os.walk(folder):
         for name in names:
-            handle = os.open(os.path.join(place, name), os.O_RDWR)  # Windows flushes what may be written only
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync_file(os.path.join(place, name))
         sync_folder(place)
 
 
@@ -199,6 +204,8 @@ def _lines(records: list[dict[str, Any]]) -> bytes:
 
 def current_umask() -> int:
     """The permissions that new files do not get."""
+    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
     current = os.umask(0o077)  # it can only be read by setting it: for a moment stricter than any, never looser
     os.umask(current)
     return current

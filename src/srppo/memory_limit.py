@@ -37,17 +37,18 @@ class MemoryLimits:
         which must then all run a model as often as each other: one of them cannot start again by itself."""
         self._tell, self._apart = tell, apart
         self._sizes: dict[str, int] = {}
-        self.halved = 0  # how often
+        self._news: list[str] = []
+        self.halved = 0  # how often, in all processes that have been heard
 
     def size(self, key: str, asked: int) -> int:
         """What to use where the recipe asks for so much."""
         return min(asked, self._sizes.get(key, asked))
 
-    def within(self, key: str, asked: int, least: int, work: Callable[[int], T]) -> T:
+    def within(self, key: str, asked: int, least: int, work: Callable[[int], T], *, alone: bool = False) -> T:
         """work(size), again with half of it for as long as memory runs out. It must be such that it can begin anew.
 
-        least: a size that cannot be divided: one row's tokens, or one row. Raises TrainingStopped where that does not fit either,
-        MemoryRanOut where it cannot begin anew.
+        least: a size that cannot be divided: one row's tokens, or one row. alone: no other process waits for this one in `work`, wherever
+        the weights are. Raises TrainingStopped where the least does not fit either, MemoryRanOut where it cannot begin anew.
         """
         while True:
             size = self.size(key, asked)
@@ -58,7 +59,7 @@ class MemoryLimits:
                     raise
                 reason = " ".join(str(error).split())[:200]
             # Only here, where the error is gone, is what it held gone too.
-            if not self._apart:
+            if not (self._apart or alone):
                 raise MemoryRanOut(
                     f"memory ran out with {key} {size}, in one of several processes that share the weights ({reason}); lower {key} and "
                     "continue with --resume"
@@ -73,7 +74,22 @@ class MemoryLimits:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._tell(f"memory ran out with {key} {size}; it is {size // 2} from here on, and the step is done again ({reason})")
+            said = f"memory ran out with {key} {size}; it is {size // 2} from here on, and the step is done again ({reason})"
+            self._news.append(said)
+            self._tell(said)
+
+    def news(self) -> list[str]:
+        """What was told here since this was last asked."""
+        news, self._news = self._news, []
+        return news
+
+    def hear(self, everyone: list[list[str]]) -> None:
+        """Take in every process's news, by rank: those of the others are told too, as they do not speak themselves."""
+        for rank, news in enumerate(everyone):
+            if rank != world().rank:
+                self.halved += len(news)
+                for said in news:
+                    self._tell(f"process {rank}: {said}")
 
     def metrics(self) -> dict[str, float]:
         """For a record: how often memory ran out, if it ever did."""

@@ -8,15 +8,17 @@ from srppo.masking import masked_mean, masked_sum
 from srppo.models.over_rollout import role_logprobs
 from srppo.models.roles import Roles
 from srppo.records import Prompt, Rollout
-from srppo.rollout.engine import RolloutEngine, Sampling
+from srppo.rollout.engine import Progress, RolloutEngine, Sampling
 from srppo.seeding import stream_seed
 
 
-def base_answers(roles: Roles, prompts: Sequence[Prompt], engine: RolloutEngine, max_new_tokens: int, seed: int) -> Rollout:
-    """One sample of the base to each prompt, the yardstick of `forgetting`."""
+def base_answers(
+    roles: Roles, prompts: Sequence[Prompt], engine: RolloutEngine, max_new_tokens: int, seed: int, on_progress: Progress | None = None
+) -> Rollout:
+    """One sample of the base to each prompt, the yardstick of `forgetting`. on_progress: as RolloutEngine.generate has it."""
     seeds = [stream_seed(seed, "retention", i) for i in range(len(prompts))]
     with roles.use("base") as model:
-        return engine.generate(model, [p.ids for p in prompts], seeds, Sampling(max_new_tokens))
+        return engine.generate(model, [p.ids for p in prompts], seeds, Sampling(max_new_tokens), None, on_progress)
 
 
 def forgetting(roles: Roles, role: str, answers: Rollout, tokens: int) -> dict[str, float]:

@@ -38,6 +38,7 @@ if sys.platform != "win32":  # there: no lock, the rest works
 
 MARK = "# srppo run"  # begins the config.yaml of every run folder; `overwrite` deletes no folder without it
 LOCK = ".lock"
+LOGS = ("metrics.jsonl", "samples.jsonl")
 # Keys that change speed, place or housekeeping but not what is computed (batch widths: beyond float rounding).
 HARMLESS = frozenset(
     {
@@ -211,7 +212,7 @@ class RunFolder:
 
         Records of other stages stay. -1 forgets the whole stage.
         """
-        for name in ("metrics.jsonl", "samples.jsonl") if world().main else ():
+        for name in LOGS if world().main else ():
             if self.has(name):
                 records = read_lines(self.path / name)
                 kept = [r for r in records if r.get("stage") != stage or r.get("iteration", r.get("step", 0)) <= iteration]
@@ -224,10 +225,12 @@ class RunFolder:
 
     def _tidy(self) -> None:
         """Remove what a killed process left: unfinished files and folders, half a last line."""
-        for pattern in (".", "stages", "evaluation", "critic", "sft_checkpoints", "checkpoints/*"):
+        for pattern in (".", "stages", "evaluation", "critic", "plots", "sft_checkpoints", "checkpoints/*"):
             for folder in [self.path] if pattern == "." else list(self.path.glob(pattern)):
                 remove_unfinished(folder)
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for handed in self.path.glob("vllm/srppo-*"):  # weights for vLLM's servers
+            shutil.rmtree(handed, ignore_errors=True)
+        for name in LOGS:
             repair_lines(self.path / name)
 
 

@@ -229,6 +229,7 @@ def evaluation_stage(space: Workspace, stage: str, again: bool = False) -> dict[
             write_lines(space.run.path / f"evaluation/{stage}.jsonl", [asdict(row) for row in result.rows])
             content["groups"] = result.to_dict()
             content["lost_and_gained"] = {} if stage == "base" else lost_and_gained(_base_evaluation(space), result)
+        space.interrupt.check()
         content["heldout_nll"] = heldout_nll(roles, role, loaded.demonstrations.heldout, config.sft.micro_batch_tokens)
         if loaded.retention_prompts:
             content["forgetting"] = _forgetting(space, role)
@@ -259,7 +260,12 @@ def _base_answers(space: Workspace) -> Rollout:
     if space not in _ANSWERS:
         loaded, config = space.loaded, space.config
         _ANSWERS[space] = base_answers(
-            loaded.roles, loaded.retention_prompts, loaded.evaluation_engine, config.rollout.max_new_tokens, config.seed
+            loaded.roles,
+            loaded.retention_prompts,
+            loaded.evaluation_engine,
+            config.rollout.max_new_tokens,
+            config.seed,
+            space.interrupt.poll,
         )
     return _ANSWERS[space]
 

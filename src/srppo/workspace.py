@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from transformers.utils.logging import disable_progress_bar
 
-from srppo.allocator import keep_freed_memory
+from srppo.allocator import give_back, keep_freed_memory
 from srppo.config import RunConfig, dump
 from srppo.data.chat import ChatFormat
 from srppo.data.demonstrations import Demonstrations, load_demonstrations
@@ -122,8 +122,11 @@ def metered(name: str) -> Callable[[Callable[Concatenate[Workspace, P], R]], Cal
     def decorate(stage: Callable[Concatenate[Workspace, P], R]) -> Callable[Concatenate[Workspace, P], R]:
         @functools.wraps(stage)
         def measured(space: Workspace, *args: P.args, **options: P.kwargs) -> R:
-            with space.ledger.stage(name):
-                return stage(space, *args, **options)
+            try:
+                with space.ledger.stage(name):
+                    return stage(space, *args, **options)
+            finally:
+                give_back()
 
         return measured
 
@@ -166,7 +169,7 @@ def open_workspace(
     if not here.alone:
         progress.note(f"{here.size} processes, {here.local_size} on this machine")
     progress.note(set_threads(config.threads))
-    keep_freed_memory()
+    keep_freed_memory(spread=not here.alone)
     progress = Watched(progress, ThreadWatch(progress.warn, torch_threads))
     text = dump(config)
     here.once(lambda: RunFolder.check(config.output, resume=resume, overwrite=overwrite, config_yaml=text, may_differ=may_differ))
@@ -174,10 +177,11 @@ def open_workspace(
     judging = ppo and config.reward.kind == "preference_model" and config.ppo.iterations > 0
     if resume and here.once(lambda: (Path(config.output) / "stages/ppo.json").is_file()):
         judging = False  # PPO is done
+    here.check_alike({"configuration": text, "libraries": repr(versions())})  # before they load together what these name
     loading = Ledger()
     with loading.stage("load"):
         loaded = _load(config, progress, judging)  # before the folder is touched: a wrong model or file leaves no trace
-    _check_alike({"configuration": text, "data": repr(loaded.data_summary), "libraries": repr(versions())})
+    here.check_alike({"data": repr(loaded.data_summary)})
     with RunFolder.open(config.output, text, resume=resume, overwrite=overwrite, may_differ=may_differ) as run, Interrupt() as interrupt:
         _check_seen(run.path)
         before = here.once(lambda: read_elapsed(run.path / "elapsed.json"))
@@ -189,19 +193,11 @@ def open_workspace(
         try:
             with space.costs_noted():
                 yield space
-        finally:
-            space.note_cost()
-
-
-def _check_alike(known: dict[str, str]) -> None:
-    """Raise ConfigError where the processes of a run do not have the same before them: machines have files of their own."""
-    everyone = world().gather(known)
-    for rank, theirs in enumerate(everyone):
-        for name, value in theirs.items():
-            if value != everyone[0][name]:
-                raise ConfigError(
-                    f"process {rank} has another {name} than process 0; recipe, data, and versions must be the same on all machines"
-                )
+        except BaseException:
+            with suppress(RunFolderError):  # the error on its way is the one to tell
+                space.note_cost()
+            raise
+        space.note_cost()
 
 
 def _check_seen(path: Path) -> None:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -35,10 +35,10 @@ PARTED = (
     "Connection reset",
     "Connection refused",
     "Broken pipe",
-    "gloo",
-    "NCCL",
-    "Socket",
-)  # in words of torch.distributed
+    "remote process exited",
+    "communicator was aborted",
+    "Timed out waiting",
+)
 FAILED = "failed"  # the key of the first failure
 SAID = "said"  # the key of how many processes were about to tell of a Ctrl-C
 GRACE = 4.0  # seconds that a process has, once another has failed, to end by an error of its own
@@ -101,7 +101,7 @@ class World:
 
     def apart(self) -> World:
         """The same processes by a group of their own (gloo): what a thread says must not mix with what the training says. See `close`."""
-        return self if self.alone else replace(self, group=_dist().new_group(backend="gloo"))
+        return self if self.alone else replace(self, group=_dist().new_group(backend="gloo", timeout=TIMEOUT))
 
     def close(self) -> None:
         """Give up the group that `apart` made."""
@@ -136,6 +136,17 @@ class World:
         if not self.alone:
             _dist().all_reduce(tensor, group=self.group)
         return tensor
+
+    def check_alike(self, known: Mapping[str, str]) -> None:
+        """Raise ConfigError where the processes do not have the same before them, by what it is: machines have files of their own."""
+        everyone = self.gather(dict(known))
+        for rank, theirs in enumerate(everyone):
+            for name, value in theirs.items():
+                if value != everyone[0][name]:
+                    raise ConfigError(
+                        f"process {rank} has another {name} than process 0; recipe, models, data and versions must be the same on all "
+                        "machines"
+                    )
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process."""
@@ -175,6 +186,7 @@ def start_world() -> World:
         rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if cuda:
+            _check_gpus(local, torch.cuda.device_count())
             torch.cuda.set_device(local)
         if not dist.is_initialized():
             store = _store(TIMEOUT) if _agent() else _meet(rank, size)
@@ -184,12 +196,22 @@ def start_world() -> World:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other variables that torchrun sets are missing or wrong ({error}); "
             "start several processes with: torchrun --nproc-per-node N -m srppo …"
         ) from None
+    except ConfigError:
+        raise
     except Exception as error:  # torch.distributed has many
         raise ConfigError(f"the {os.environ.get('WORLD_SIZE')} processes did not find each other: {error}") from error
     _WORLD = World(rank, size, local, local_size)
     _WATCH = _Watch(_WORLD)
     atexit.register(_leave)
     return _WORLD
+
+
+def _check_gpus(local: int, gpus: int) -> None:
+    if local >= gpus:
+        raise ConfigError(
+            f"process {local} of this machine has no GPU, as there are {gpus} (counted from 0). Start as many processes as GPUs, or hide "
+            "them for a run on the CPU: CUDA_VISIBLE_DEVICES="
+        )
 
 
 def _dist() -> Any:
@@ -221,14 +243,15 @@ def world_of_run() -> Iterator[World]:
         yield here
     except BaseException as error:
         if _WATCH is not None:
-            rank = _WATCH.failed(error)
+            parted = isinstance(error, RuntimeError) and any(sign in str(error) for sign in PARTED)
+            rank = _WATCH.failed(error, LostProcess.exit_code if parted else None)
             if isinstance(error, RuntimeError) and rank is not None:
-                raise LostProcess(f"stopped, as process {rank} has failed") from None
-            if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PARTED):
+                raise LostProcess(f"stopped, as process {rank} has failed") from error
+            if parted:
                 said = str(error).splitlines()[0]
                 raise LostProcess(
                     f"another process of the run is gone: killed, out of memory, or not to be reached ({said}). Continue with --resume"
-                ) from None
+                ) from error
         raise
 
 
@@ -275,7 +298,7 @@ class _Watch:
         self._over.set()
         self._thread.join(timeout=10)
 
-    def failed(self, error: BaseException) -> int | None:
+    def failed(self, error: BaseException, exit_code: int | None = None) -> int | None:
         """Tell the others. Of an error that another process says `told` is set: rank 0 if it has one too, else the first that had one.
         Returns who failed before, if another did."""
         if self.over:
@@ -289,7 +312,7 @@ class _Watch:
                 return earlier
             self._telling.set(f"{FAILED}/{self._here.rank}", "")
             if earlier is None:
-                code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+                code = exit_code or getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
                 self._telling.set(FAILED, f"{self._here.rank} {code}")
             told = self._here.main and self._said(error)
             time.sleep(2 * LOOK_EVERY)  # rank 0 may hold the store that the others look into
@@ -333,10 +356,8 @@ def _sendable(result: tuple[bool, Any]) -> tuple[bool, Any]:
     try:
         pickle.loads(pickle.dumps(value))
     except Exception:
-        if not isinstance(value, SrppoError):
-            return False, LostProcess(f"{type(value).__name__}: {value}")
-        plain = SrppoError(str(value))
-        plain.exit_code = value.exit_code
+        plain = SrppoError(str(value) if isinstance(value, SrppoError) else f"{type(value).__name__}: {value}")
+        plain.exit_code = getattr(value, "exit_code", 1)
         return False, plain
     return result
 

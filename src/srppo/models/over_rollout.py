@@ -74,10 +74,14 @@ def prefixes(roles: Roles, rollout: Rollout, tokens: int) -> list[Tensor] | None
         return None
     out = [torch.empty(0)] * len(rollout.prompt_ids)
     lengths = rollout.lengths.tolist()
-    for rows, batch in micro_batches(roles, rollout, tokens):
-        states = roles.prefix_states(batch)
-        for row, own in zip(rows, states.split([len(rollout.prompt_ids[r]) + lengths[r] - 1 for r in rows])):
-            out[row] = own.clone()
+
+    def run(size: int) -> None:
+        for rows, batch in micro_batches(roles, rollout, size):
+            states = roles.prefix_states(batch)
+            for row, own in zip(rows, states.split([len(rollout.prompt_ids[r]) + lengths[r] - 1 for r in rows])):
+                out[row] = own.clone()
+
+    limits.within(KEY, tokens, longest(rollout), run)
     return out
 
 

@@ -13,7 +13,9 @@ from srppo.config import RunConfig
 from srppo.errors import ConfigError, ModelError
 from srppo.limits import bounded
 from srppo.masking import token_chunks
+from srppo.memory_limit import limits
 from srppo.models.load import quiet, resolve_device
+from srppo.models.over_rollout import KEY as TOKENS
 from srppo.models.source import find_source, read_json, refuse_foreign_code, refuse_pickle, unreachable
 from srppo.models.tokens import vocabulary_size
 from srppo.records import Prompt, Rollout, pad_sequences
@@ -79,9 +81,13 @@ class PreferenceModel:
         texts = [self._shortened(self._ids(rollout, row)) for row in range(len(rollout.prompt_ids))]
         out, here = torch.zeros(len(texts)), world()
         mine = deal([len(t) for t in texts], here.size)[here.rank]
-        for chunk in token_chunks([len(texts[i]) for i in mine], tokens):
-            rows = [mine[i] for i in chunk]
-            out[rows] = self._score([texts[i] for i in rows]).cpu()
+
+        def run(size: int) -> None:
+            for chunk in token_chunks([len(texts[i]) for i in mine], size):
+                rows = [mine[i] for i in chunk]
+                out[rows] = self._score([texts[i] for i in rows]).cpu()
+
+        limits.within(TOKENS, tokens, max((len(texts[i]) for i in mine), default=1), run, alone=True)
         here.sum_(out)
         if not out.isfinite().all():
             raise ModelError(f"{self.name}: the preference model gave NaN or infinite scores; use model.dtype float32, or another model")

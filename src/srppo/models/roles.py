@@ -41,7 +41,7 @@ from srppo.models.tokens import (
     mend_gguf_ends,
     special_tokens,
 )
-from srppo.models.weights import copy_into, fingerprint, snapshot
+from srppo.models.weights import copy_into, fingerprint, sketch, snapshot
 from srppo.records import Features, TokenBatch, TokenScores
 from srppo.world import world
 
@@ -379,7 +379,16 @@ def build_roles(config: RunConfig) -> Roles:
         return found
 
     def load(name: str | None, dtype: str = dtype) -> PreTrainedModel:
-        return read(name, dtype) if sharding is None else sharding.load(lambda: read(name, dtype))
+        seen = []
+
+        def reading() -> PreTrainedModel:
+            found = read(name, dtype)
+            seen.append("" if world().alone else sketch(found))
+            return found
+
+        found = world().in_turn(reading) if sharding is None else sharding.load(reading)
+        world().check_alike({f"model ({name or model.name})": seen[0]})
+        return found
 
     base = load(None, frozen_dtype if config.tuning.kind == "full" else dtype)
     tokenizer = load_tokenizer(model)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from srppo.config import ParallelConfig
 from srppo.errors import ConfigError
 from srppo.models.compiled import layers_of
-from srppo.world import world
+from srppo.world import TIMEOUT, world
 
 T = TypeVar("T")
 _RUN = "_srppo_run"
@@ -101,7 +101,11 @@ def sharding_of(config: ParallelConfig, device: torch.device) -> Sharding | None
     if size == 1:
         return None
     shape, names = ((size,), ("shard",)) if size == here.size else ((here.size // size, size), ("replicate", "shard"))
-    return Sharding(init_device_mesh(device.type, shape, mesh_dim_names=names), device, config.cpu_offload)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    if len(shape) == 2:  # groups of their own, which would wait ten minutes, or thirty
+        for name in names:
+            torch.distributed.distributed_c10d._set_pg_timeout(TIMEOUT, mesh.get_group(name))
+    return Sharding(mesh, device, config.cpu_offload)
 
 
 def _call(model: nn.Module, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:

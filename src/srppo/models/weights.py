@@ -27,6 +27,16 @@ def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**parameters, **{n: b for n, b in module.named_buffers() if n in saved}}
 
 
+def sketch(module: nn.Module) -> str:
+    """Of 64 values a parameter: the same for the same weights, and with near certainty for no others."""
+    sums = hashlib.blake2b(digest_size=16)
+    for name, parameter in module.named_parameters():
+        values = parameter.detach().reshape(-1)
+        values = values[:: max(1, values.numel() // 64)].cpu().contiguous()
+        sums.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode() + values.view(torch.uint8).numpy().tobytes())
+    return sums.hexdigest()
+
+
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Clones that later training does not touch: on the CPU, but for tensors that are spread over processes."""
     return {name: t.detach().clone() if isinstance(t, DTensor) else t.detach().to("cpu", copy=True) for name, t in tensors.items()}

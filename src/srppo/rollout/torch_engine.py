@@ -30,6 +30,8 @@ from srppo.rollout.stats import DecodeStats
 from srppo.seeding import row_uniforms
 from srppo.world import deal, world
 
+KEY = "rollout.batch_size"
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -115,7 +117,7 @@ class TorchEngine:
             def decode(width: int) -> tuple[Tensor, Tensor]:
                 return self._decode(step, [rows[r] for r in share], [seeds[r] for r in share], sampling, on_progress, stats, width)
 
-            return share, *limits.within("rollout.batch_size", self.batch_size, 1, lambda size: decode(max(1, size // models)))
+            return share, *limits.within(KEY, self.batch_size, 1, lambda size: decode(max(1, size // models)), alone=True)
 
         decoded = here.each(decode_share)
         if on_progress is not None and not here.alone:

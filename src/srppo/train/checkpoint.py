@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from srppo.errors import RunFolderError, SrppoError
-from srppo.files import sync_folder
+from srppo.files import sync_file, sync_folder
 from srppo.models.roles import Roles
+from srppo.run_folder import LOGS
 from srppo.train.checkpoint_state import (
     STATE,
     DamagedCheckpoint,
@@ -83,7 +84,11 @@ def save_checkpoint(
         if is_whole(final):
             return False
         folder.mkdir(parents=True, exist_ok=True)
-        for parent in (folder.parent, folder.parent.parent):
+        run = folder.parent.parent
+        for records in (run / name for name in LOGS):  # a resumed run does not write them again
+            if records.is_file():
+                sync_file(records)
+        for parent in (folder.parent, run):
             sync_folder(parent)
         sweep(folder)
         return True

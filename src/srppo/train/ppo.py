@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from srppo.allocator import give_back
 from srppo.config import RunConfig
 from srppo.errors import TrainingStopped
 from srppo.masking import masked_sum
@@ -172,6 +173,7 @@ def _rounds(setup: PPOSetup, state: PPOState, evaluate: Callable[[int], dict[str
                 saver.wait()  # the guard keeps what the checkpoints on disk need
                 with phases("guard"):
                     metrics |= state.guard.look(iteration)
+            limits.hear(world().gather(limits.news()))
             metrics |= phases.take() | limits.metrics() | ({"timing/profiled": 1.0} if profiled else {})
             metrics |= {} if world().alone else traffic.take()
             run.log({"stage": "ppo", "iteration": iteration, **metrics})
@@ -200,16 +202,24 @@ def _round(setup: PPOSetup, state: PPOState) -> dict[str, float]:
     return _learn(setup, state, gathered) | fitted
 
 
+@contextmanager
+def _roomy(roles: Roles) -> Iterator[None]:
+    """A phase after which, where weights are spread to save memory, the allocator keeps none for the next."""
+    yield
+    if roles.spread:
+        give_back()
+
+
 def _gather(setup: PPOSetup, state: PPOState) -> Gathered:
     """The next round's rollouts, scored and made into experience."""
     roles, config, check, ppo, iteration = setup.roles, setup.config, setup.interrupt.check, setup.config.ppo, state.iteration + 1
     phases, spent = state.phases, Compute()  # counted when the round is finished: a stopped one is done again
     dealt = [setup.prompts[i] for i in deal_prompts(len(setup.prompts), ppo.prompts_per_iteration, config.seed, iteration)]
     samples = ppo.samples_per_prompt
-    with phases("rollout"):
+    with phases("rollout"), _roomy(roles):
         rollout = collect(roles, setup.engine, dealt, setup.sampling, samples, config.seed, iteration, spent, setup.interrupt.poll)
     collected = snapshot(spent)
-    with phases("score"):
+    with phases("score"), _roomy(roles):
         scored = score(roles, rollout, config, spent, check, setup.preference_model)
         old = None
         if ppo.behaviour_logprobs == "recompute":
@@ -238,7 +248,7 @@ def _learn(setup: PPOSetup, state: PPOState, gathered: Gathered) -> dict[str, fl
     if state.critic:
         state.critic.set_lr(critic_lr)
     train_policy = not setup.roles.has_critic or iteration > ppo.critic_warmup
-    with state.phases("update"):
+    with state.phases("update"), _roomy(setup.roles):
         metrics |= update(
             setup.roles,
             experience,

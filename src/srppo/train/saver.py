@@ -22,11 +22,15 @@ class Saver:
         self._folder, self._keep, self._background = folder, keep, background
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._last: int | None = None  # step that was saved last
         self._apart = world().apart() if background else world()
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Raises RunFolderError when the disk is full or not writable."""
+        """Raises RunFolderError when the disk is full or not writable. A step that this has saved already is the same state."""
         self.wait()
+        if checkpoint.step == self._last:
+            return
+        self._last = checkpoint.step
         if not self._background:
             save_checkpoint(self._folder, checkpoint, self._keep)
             return

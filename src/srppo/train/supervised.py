@@ -117,12 +117,13 @@ def train_supervised(
             rows = step_batch(examples, step=step, batch_size=config.batch_size, seed=seed, batching=config.batching)
             mine = [rows[i] for i in deal([len(e.ids) for e in rows], here.size)[here.rank]]
             batches = cut(mine, limits.size(KEY, config.micro_batch_tokens))
-            counts = here.gather((sum(b.targets for b in batches), sum(b.attention_mask.numel() for b in batches), len(batches)))
+            own = (sum(b.targets for b in batches), sum(b.attention_mask.numel() for b in batches), len(batches), limits.news())
+            counts = here.gather(own)
+            limits.hear([c[3] for c in counts])
             targets, places, most = sum(c[0] for c in counts), sum(c[1] for c in counts), max(c[2] for c in counts)
             tokens = sum(len(e.ids) for e in rows)
             spare = most - len(batches) if roles.spread else 0  # all run a model as often as each other
             result = learner.step(work(step, mine, rows[:1] * spare), targets)
-            compute.trained_tokens += tokens
             if result.skipped:
                 progress.warn(f"{stage} step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: step skipped")
                 if learner.consecutive_skips >= MAX_SKIPPED_STEPS:
@@ -130,6 +131,7 @@ def train_supervised(
                         f"{stage}: {MAX_SKIPPED_STEPS} steps in a row had a NaN or infinite loss or gradient. "
                         "Lower sft.learning_rate, or use model.dtype float32"
                     )
+            compute.trained_tokens += tokens
             seconds = time.perf_counter() - started
             record = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm, "tokens_per_second": tokens / seconds}
             record |= {
