@@ -1,26 +1,26 @@
 """Killed runs: real `srppo align` processes die by SIGKILL at chosen moments, again and again, and must end as if nothing had happened.
 
-    python -m benchmarks.crash [--kills 60] [--seed 0] [--processes 1]
+    python -m benchmarks.crash [--kills 60] [--seed 0] [--processes 1] [--change]
 
 An undisturbed run says what is right: the weights of every model, the records of metrics.jsonl and samples.jsonl, the answers of the
-evaluations, the outcomes of the stages and the list of files. Then runs of the same recipe are killed (all processes at once), resumed
+evaluations, the outcomes of the stages and the list of files. Then runs of the same recipe are killed, resumed
 and killed again until they end, and compared with it: only clocks and memory may differ. Each kill is aimed at a phase (the one hit least
 so far) and falls somewhere in it, by chance. Nothing in srppo knows of this: the processes are forked from this one, which has loaded the
 libraries, and functions of theirs are wrapped to tell in shared memory which phase they are in. With --processes N each run is N processes
-that share the weights, as torchrun would start them; the first tells the phase. Needs Linux or macOS.
+that share the weights, as torchrun would start them; the first tells the phase, and half of the kills are of one process, after which
+the others have to end by themselves. With --change each start is by one process or by N, and the end is compared up to rounding. Needs
+Linux or macOS.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib
 import json
 import mmap
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -33,10 +33,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.crash_compare import fingerprint, near
+
 from srppo.config import build, dump, load_recipe, merge
 from srppo.lab.world import recipe, write_world
 
-RESULTS = Path(__file__).parent / "results" / "crash.json"
+RESULTS = Path(__file__).parent / "results"
+ALONE = 60.0  # that others may outlive one that was killed
 PATIENCE = 300.0  # seconds that a process may take for what takes a few
 # What is wrapped, and the phase it is. A phase inside another hides that.
 PHASES = {
@@ -72,7 +75,6 @@ LIBRARIES = (
 # Stages whose outcome says that a phase will not come again.
 OVER = {"SFT": "sft", "reward card": "diagnose", "moving the start": "diagnose", "continued SFT": "sft_continued"}
 OVER |= dict.fromkeys(("rollout", "scoring", "update", "guard"), "ppo")
-CLOCKS = ("timing/", "memory/", "comm/", "seconds", "wall_seconds", "peak_rss_mb", "stage_seconds", "versions")
 
 
 class Told:
@@ -204,8 +206,26 @@ def wait(pids: list[int]) -> int:
     return code
 
 
-def kill_in(pids: list[int], told: Told, phase: str, nth: int, delay: float) -> str | None:
-    """Kill a run `delay` seconds after it has entered a phase for the nth time. The phase it died in; None where it ended before."""
+def left_alone(pids: list[int], lost: int) -> int:
+    """Kill one process; the others have to end by themselves. The first one's exit code."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pids[lost], signal.SIGKILL)
+    end, codes = time.monotonic() + ALONE, dict[int, int]()
+    while len(codes) < len(pids):
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            kill([pid for pid in pids if pid not in codes])
+            raise SystemExit(f"process {lost} was killed, and another was still there {ALONE:.0f} s later")
+        time.sleep(0.005)
+    return codes[pids[0]]
+
+
+def kill_in(pids: list[int], told: Told, phase: str, nth: int, delay: float, lost: int | None = None) -> str | None:
+    """Kill a run `delay` seconds after it has entered a phase for the nth time: all its processes, or the `lost` one alone.
+    The phase it died in; None where it ended before."""
     end = time.monotonic() + PATIENCE
     while True:
         if (code := ended(pids)) is not None:
@@ -220,53 +240,13 @@ def kill_in(pids: list[int], told: Told, phase: str, nth: int, delay: float) -> 
             break
         time.sleep(0.0005)
     time.sleep(delay)
-    code = kill(pids)
+    where = told.read()[0]
+    code = kill(pids) if lost is None else left_alone(pids, lost)
     if code == 0:
         return None
-    if code != -signal.SIGKILL:
+    if code != -signal.SIGKILL and lost is None:
         raise SystemExit(f"a run failed with exit code {code}")
-    return told.read()[0] or "elsewhere"
-
-
-def without_clocks(value: Any) -> Any:
-    """A record without what differs between two runs on one machine."""
-    if isinstance(value, dict):
-        return {k: without_clocks(v) for k, v in value.items() if not k.startswith(CLOCKS) and "tokens_per_second" not in k}
-    return [without_clocks(v) for v in value] if isinstance(value, list) else value
-
-
-def fingerprint(run: Path) -> dict[str, str]:
-    """What a run has left, by file: a hash of its bytes, or of its records without clocks. Of other files the name alone.
-
-    Tensors of checkpoints are taken by group: which process writes one that all have alike is left to chance.
-    """
-    out, groups = {}, dict[str, list[str]]()
-    for path in sorted(p for p in run.rglob("*") if p.is_file()):
-        name, content = str(path.relative_to(run)), b""
-        if name.startswith("checkpoints/"):
-            if path.suffix == ".safetensors":
-                groups.setdefault(re.sub(r"-\d+\.safetensors$", "", name), []).extend(tensors(path))
-        elif path.suffix == ".safetensors" or path.name in ("README.md", "config.json", "adapter_config.json"):
-            content = path.read_bytes()
-        elif path.suffix == ".jsonl":
-            content = json.dumps([without_clocks(json.loads(line)) for line in path.read_text().splitlines()]).encode()
-        elif name in ("summary.json", "data.json", "diagnose.json") or name.startswith("stages/"):
-            content = json.dumps(without_clocks(json.loads(path.read_text()))).encode()
-        out[name] = digest(content)
-    return out | {f"{group} (tensors)": digest(json.dumps(sorted(found)).encode()) for group, found in groups.items()}
-
-
-def digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def tensors(path: Path) -> list[str]:
-    """Name, kind and hash of each tensor in a safetensors file."""
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = {name: about for name, about in json.loads(content[8:start]).items() if name != "__metadata__"}
-    place = {name: slice(*(start + offset for offset in about["data_offsets"])) for name, about in header.items()}
-    return [f"{name} {about['dtype']} {about['shape']} {digest(content[place[name]])}" for name, about in header.items()]
+    return where or told.read()[0] or "elsewhere"
 
 
 @dataclass
@@ -276,11 +256,13 @@ class Case:
     name: str
     recipe: Path
     processes: int = 1
+    change: bool = False  # each start is by one process or by all of them, whichever chance says
     right: dict[str, str] = field(default_factory=dict)  # fingerprint of the undisturbed run
     typical: dict[str, list[float]] = field(default_factory=dict)  # seconds of each call, by phase
     seconds: float = 0.0  # that it took
     runs: int = 0
     most: int = 0  # kills of one run
+    alone: int = 0  # kills of one of several processes
     differences: list[str] = field(default_factory=list)
 
 
@@ -340,7 +322,6 @@ def crash(cases: list[Case], folder: Path, kills: int, seed: int, say: Callable[
         case.seconds, case.right = time.monotonic() - began, fingerprint(run)
         case.typical = json.loads(times.read_text())
         say(f"{case.name}: undisturbed {case.seconds:.1f} s")
-        shutil.rmtree(run)
     aimed: Counter[str] = Counter()
     while hit.total() < kills:
         for case in cases:
@@ -355,8 +336,10 @@ def crash(cases: list[Case], folder: Path, kills: int, seed: int, say: Callable[
             {"name": c.name, "runs": c.runs, "most_kills": c.most, "undisturbed_seconds": round(c.seconds, 1), "differences": c.differences}
             for c in cases
         ],
+        "alone": sum(case.alone for case in cases),
         "seed": seed,
         "processes": cases[0].processes,
+        "changed": cases[0].change,
     }
 
 
@@ -371,9 +354,13 @@ def _one_run(
 ) -> int:
     """One run from its beginning to its end, killed on the way; how often."""
     run, killed = folder / f"{case.recipe.stem}-{case.runs}", 0
+
+    def begin() -> list[int]:
+        return start(case.recipe, run, told, None, rng.choice((1, case.processes)) if case.change else case.processes)
+
     while True:
         if hit.total() >= kills:
-            if code := wait(start(case.recipe, run, told, None, case.processes)):
+            if code := wait(begin()):
                 raise SystemExit(f"{case.name}: a resumed run failed with exit code {code}; see {run}.log")
             break
         ahead = [p for p in sorted(case.typical) if p not in OVER or not (run / f"stages/{OVER[p]}.json").exists()]
@@ -381,17 +368,25 @@ def _one_run(
         aimed[phase] += 1  # some phases never come again in what is left of a run
         nth = 1 if phase in ("loading", "report") else rng.randint(1, 3)
         delay = rng.random() * rng.choice(case.typical[phase])
+        pids = begin()
+        lost = rng.randrange(len(pids)) if len(pids) > 1 and rng.random() < 0.5 else None
         try:
-            where = kill_in(start(case.recipe, run, told, None, case.processes), told, phase, nth, delay)
+            where = kill_in(pids, told, phase, nth, delay, lost)
         except SystemExit as error:
             raise SystemExit(f"{case.name}: {error}; see {run}.log") from None
         if where is None:
             break
         hit[where] += 1
         killed += 1
-    found = fingerprint(run)
-    odd = sorted(name for name in found.keys() | case.right.keys() if found.get(name) != case.right.get(name))
-    case.differences += [f"run {case.runs}: {name}{'' if name in found else ' is missing'}" for name in odd]
+        case.alone += lost is not None
+    undisturbed = folder / f"{case.recipe.stem}-undisturbed"
+    if case.change:
+        odd = near(run, undisturbed)
+    else:
+        found = fingerprint(run)
+        odd = sorted(name for name in found.keys() | case.right.keys() if found.get(name) != case.right.get(name))
+        odd = [f"{name}{'' if name in found else ' is missing'}" for name in odd]
+    case.differences += [f"run {case.runs}: {what}" for what in odd]
     case.runs, case.most = case.runs + 1, max(case.most, killed)
     if not odd:
         shutil.rmtree(run)
@@ -413,11 +408,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--change", action="store_true", help="begin and resume each run now with one process, now with all of them")
     parser.add_argument("--recipe", action="append", help="instead of the embedded world's; may be given more than once")
     parser.add_argument("--work", help="where the runs lie; by default a temporary folder")
     parser.add_argument("--output", help="by default in benchmarks/results")
     given = parser.parse_args(arguments)
-    output = Path(given.output or (RESULTS if given.processes == 1 else RESULTS.with_name(f"crash_{given.processes}.json")))
+    name = "crash" + (f"_{given.processes}" if given.processes > 1 else "") + ("_changed" if given.change else "") + ".json"
+    output = Path(given.output or RESULTS / name)
     ours = {place.partition(":")[0] for places in PHASES.values() for place in places} | {"srppo.job", "srppo.cli"}
     for name in [*LIBRARIES, *sorted(ours)]:  # now, so that all runs are of one version, and start quickly
         importlib.import_module(name)
@@ -429,7 +426,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             cases = lab_cases(folder, given.seed)
         for case in cases:
-            case.processes = given.processes
+            case.processes, case.change = given.processes, given.change
         result = crash(cases, folder, given.kills, given.seed, lambda text: print(text, flush=True))
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     width = max(map(len, result["by_phase"]))

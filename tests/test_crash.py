@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.crash import fingerprint, without_clocks
+from benchmarks.crash_compare import fingerprint, without_clocks
 
 from srppo.config import dump
 from tiny_job import tiny_job
