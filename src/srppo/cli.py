@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from srppo.progress import Progress
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT or SIGTERM, what a shell reports for a program that such a signal ended
+INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for a program that such a signal ended
 PATIENCE = 5.0  # seconds that a process leaves to the one that speaks for its machine: torchrun ends all as soon as one has failed
 
 
@@ -49,7 +49,7 @@ class Commands(click.Group):
         except KeyboardInterrupt as error:
             if _speaks(error):
                 click.echo("\n" + after_interrupt(ctx.meta.get("output")), err=True)
-            ctx.exit(TERMINATED if type(error).__name__ == "Terminated" else INTERRUPTED)  # whose module is slow to load
+            ctx.exit(getattr(error, "exit_code", INTERRUPTED))
 
 
 def _speaks(error: BaseException) -> bool:

@@ -76,7 +76,8 @@ def _counting(function: Callable[..., Any], kind: str, argument: str, traffic: T
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if getattr(inside, "busy", False):  # one of them by way of another
+        by_way = getattr(inside, "busy", False)  # one of them by way of another
+        if by_way or threading.current_thread() is not threading.main_thread():  # whose checkpoint is written beside the training
             return function(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         tensor: Tensor = given[argument]
