@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the command answers --help before torch is loaded
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 writes a model, draws the report, or asks a vLLM server
 MEETING = timedelta(minutes=10)  # for all to come: libraries load slowly from a busy network file system
+ASKING = timedelta(seconds=15)  # of that time, to ask for rank 0 once
 LOOK_EVERY = 0.5  # seconds between two looks at whether another process has failed
 # What torch.distributed says of a process that has gone.
 PARTED = (
@@ -238,11 +239,27 @@ def _agent() -> bool:
 
 
 def _meet(rank: int, size: int) -> Store:
-    """The store, held by rank 0, in which the processes meet where no torchrun has brought them together. Raises where some do not come."""
+    """The store, held by rank 0, in which the processes meet where no torchrun has brought them together.
+
+    It asks again and again, as Ctrl-C waits for a call of torch's to end. Raises TimeoutError, or torch's errors, where some do not come.
+    """
     dist, host, port = _dist(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    meeting = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=MEETING, multi_tenant=True)
-    meeting.set_timeout(TIMEOUT)
-    store: Store = dist.PrefixStore("meeting", meeting)
+    end, main = time.monotonic() + MEETING.total_seconds(), rank == 0
+    while True:
+        try:
+            found = dist.TCPStore(host, port, size, is_master=main, timeout=ASKING, wait_for_workers=False, multi_tenant=True)
+            break
+        except RuntimeError:
+            if main or time.monotonic() > end:
+                raise
+    found.set(f"here/{rank}", "")
+    while not found.check([f"here/{other}" for other in range(size)]):
+        if time.monotonic() > end:
+            came = sum(found.check([f"here/{other}"]) for other in range(size))
+            raise TimeoutError(f"{came} of {size} came within {MEETING.total_seconds() / 60:.3g} minutes")
+        time.sleep(LOOK_EVERY)
+    found.set_timeout(TIMEOUT)
+    store: Store = dist.PrefixStore("meeting", found)
     return store
 
 
