@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -28,7 +29,6 @@ if TYPE_CHECKING:  # the command answers --help before torch is loaded
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 writes a model, draws the report, or asks a vLLM server
 MEETING = timedelta(minutes=10)  # for all to come: libraries load slowly from a busy network file system
-ASKING = timedelta(seconds=15)  # of that time, to ask for rank 0 once
 LOOK_EVERY = 0.5  # seconds between two looks at whether another process has failed
 # What torch.distributed says of a process that has gone.
 PARTED = (
@@ -244,14 +244,12 @@ def _meet(rank: int, size: int) -> Store:
     It asks again and again, as Ctrl-C waits for a call of torch's to end. Raises TimeoutError, or torch's errors, where some do not come.
     """
     dist, host, port = _dist(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    end, main = time.monotonic() + MEETING.total_seconds(), rank == 0
-    while True:
-        try:
-            found = dist.TCPStore(host, port, size, is_master=main, timeout=ASKING, wait_for_workers=False, multi_tenant=True)
-            break
-        except RuntimeError:
-            if main or time.monotonic() > end:
-                raise
+    end = time.monotonic() + MEETING.total_seconds()
+    while rank and not _answers(host, port):
+        if time.monotonic() > end:
+            raise TimeoutError(f"process 0 did not come to {host}:{port}")
+        time.sleep(LOOK_EVERY)
+    found = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=MEETING, wait_for_workers=False, multi_tenant=True)
     found.set(f"here/{rank}", "")
     while not found.check([f"here/{other}" for other in range(size)]):
         if time.monotonic() > end:
@@ -261,6 +259,15 @@ def _meet(rank: int, size: int) -> Store:
     found.set_timeout(TIMEOUT)
     store: Store = dist.PrefixStore("meeting", found)
     return store
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether somebody listens there. torch would ask by itself, but log a page for each time that nobody did."""
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 def _store(timeout: timedelta) -> Store:
