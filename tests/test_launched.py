@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import threading
@@ -59,12 +60,23 @@ def test_an_error_that_all_have_is_said_by_the_first_of_a_machine(arguments: lis
     assert other.stderr == first.stderr.replace("srppo: ", "srppo: process 1: ")
 
 
-def test_one_whose_others_do_not_come_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rank", "said"), [(0, "1 of 2 came within"), (1, "process 0 did not come to 127.0.0.1:1")])
+def test_one_whose_others_do_not_come_ends_with_an_error(rank: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "MEETING", timedelta(seconds=1))
-    become(0, monkeypatch)
-    with pytest.raises(ConfigError, match=r"the 2 processes did not find each other: .*1/2 clients joined"):
+    become(rank, monkeypatch)
+    if rank:
+        monkeypatch.setenv("MASTER_PORT", "1")  # where nobody listens
+    with pytest.raises(ConfigError, match=f"the 2 processes did not find each other: .*{said}"):
         world.start_world()
     assert world.world().alone
+
+
+def test_ctrl_c_ends_the_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    become(0, monkeypatch)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        world.start_world()
 
 
 class Stubborn(SrppoError):

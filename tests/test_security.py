@@ -535,6 +535,7 @@ def test_what_is_written_obeys_the_umask(model: Path, tmp_path: Path, umask: int
     for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")]:
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode & umask == 0, (path, oct(mode))
+        assert path.name.startswith(".") or path.is_dir() or mode == 0o666 & ~umask, (path, oct(mode))  # as any new file
         assert path.name.startswith(".") or mode & 0o700 >= 0o600, (path, oct(mode))
 
 

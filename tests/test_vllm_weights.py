@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from srppo.files import current_umask
 from srppo.rollout.vllm_handover import write_weights
 from srppo.rollout.vllm_weights import Mark, TiedAdapter, active_adapter, named_weights, plain_tensors, write_config
 from tiny_models import save_tiny, standard_roles, tiny_batch, tiny_model, train_role
@@ -22,6 +25,11 @@ def adapted(architecture: str = "llama", **lora: Any) -> tuple[PeftModel, Any]:
     settings = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     wrapped = get_peft_model(model, LoraConfig(**{**settings, "fan_in_fan_out": architecture == "gpt2", **lora})).eval()
     return wrapped, model
+
+
+def new_files_permissions(folder: Path) -> bool:
+    """Whether all files have them: the server may be another user's."""
+    return {stat.S_IMODE(os.stat(f).st_mode) for f in folder.iterdir()} == {0o666 & ~current_umask()}
 
 
 def test_a_mark_sees_every_change_of_a_run(tmp_path: Path) -> None:
@@ -83,6 +91,7 @@ def test_a_written_adapter_is_the_adapter(tmp_path: Path) -> None:
     adapter = active_adapter(model)
     assert adapter is not None and adapter.servable and adapter.rank == 4
     adapter.write(tmp_path / "adapter")
+    assert new_files_permissions(tmp_path / "adapter")
     said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert said["lora_alpha"] == said["r"] == 4  # the scales are in B
     ids = tiny_batch().ids
@@ -119,6 +128,7 @@ def test_a_written_model_is_the_model(tmp_path: Path) -> None:
     for architecture in ("llama_tied", "gpt2"):
         model = tiny_model(architecture, seed=3)
         write_weights(model, None, tmp_path / architecture)
+        assert new_files_permissions(tmp_path / architecture)
         again = AutoModelForCausalLM.from_pretrained(tmp_path / architecture).eval()
         ids = tiny_batch().ids
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)

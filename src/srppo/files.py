@@ -91,6 +91,13 @@ def sync_tree(folder: str | Path) -> None:
         sync_folder(place)
 
 
+def share_tree(folder: str | Path) -> None:
+    """Give the files in a folder the permissions of new ones: safetensors makes private ones, and others are to read what was made."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            os.chmod(os.path.join(place, name), 0o666 & ~current_umask())
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Atomic; NaN and infinity become null."""
     write_bytes(path, (json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -261,12 +262,35 @@ def _agent() -> bool:
 
 
 def _meet(rank: int, size: int) -> Store:
-    """The store, held by rank 0, in which the processes meet where no torchrun has brought them together. Raises where some do not come."""
+    """The store, held by rank 0, in which the processes meet where no torchrun has brought them together.
+
+    It asks again and again, as Ctrl-C waits for a call of torch's to end. Raises TimeoutError, or torch's errors, where some do not come.
+    """
     dist, host, port = _dist(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    meeting = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=MEETING, multi_tenant=True)
-    meeting.set_timeout(TIMEOUT)
-    store: Store = dist.PrefixStore("meeting", meeting)
+    end = time.monotonic() + MEETING.total_seconds()
+    while rank and not _answers(host, port):
+        if time.monotonic() > end:
+            raise TimeoutError(f"process 0 did not come to {host}:{port}")
+        time.sleep(LOOK_EVERY)
+    found = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=MEETING, wait_for_workers=False, multi_tenant=True)
+    found.set(f"here/{rank}", "")
+    while not found.check([f"here/{other}" for other in range(size)]):
+        if time.monotonic() > end:
+            came = sum(found.check([f"here/{other}"]) for other in range(size))
+            raise TimeoutError(f"{came} of {size} came within {MEETING.total_seconds() / 60:.3g} minutes")
+        time.sleep(LOOK_EVERY)
+    found.set_timeout(TIMEOUT)
+    store: Store = dist.PrefixStore("meeting", found)
     return store
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether somebody listens there. torch would ask by itself, but log a page for each time that nobody did."""
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 def _store(timeout: timedelta) -> Store:

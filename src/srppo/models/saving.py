@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from srppo.errors import ModelError, RunFolderError, SrppoError
-from srppo.files import current_umask, sync_folder, sync_tree
+from srppo.files import current_umask, share_tree, sync_folder, sync_tree
 from srppo.models.load import quiet, restored_config_values
 from srppo.models.source import Source
 from srppo.models.tokens import SpecialTokens
@@ -38,6 +38,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
         work.chmod(0o777 & ~current_umask())  # mkdtemp makes private ones
         yield work
+        share_tree(work)
         sync_tree(work)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))

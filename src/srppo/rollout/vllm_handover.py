@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save_file
 
 from srppo.errors import ConfigError, ModelError
-from srppo.files import current_umask, write_errors
+from srppo.files import current_umask, share_tree, write_errors
 from srppo.rollout.vllm_weights import Adapter, Mark, active_adapter, named_weights, plain_tensors, write_config
 
 if TYPE_CHECKING:
@@ -118,3 +118,4 @@ def write_weights(model: PreTrainedModel, merge: Adapter | None, folder: Path) -
         raise ModelError(str(error)) from error
     write_config(model, folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    share_tree(folder)

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from srppo.files import share_tree
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -88,6 +90,7 @@ class Adapter:
         folder.mkdir(parents=True)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        share_tree(folder)
 
 
 def active_adapter(model: PreTrainedModel) -> Adapter | None:
