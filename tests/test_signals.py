@@ -1,10 +1,11 @@
-"""Ctrl-C and SIGTERM at a real run: the process saves, says how to go on, and ends later as if nothing had happened."""
+"""Ctrl-C and SIGTERM at a real run, and at one of two processes: it saves, says how to go on, and ends later as if nothing had happened."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,9 +19,10 @@ PATIENCE = 240.0  # seconds for a part of a job that takes a few, on a busy mach
 STEPS, ROUNDS = 200, 6  # steps of milliseconds: so many that a fast machine is not through before the signal
 
 
-def align(recipe: Path, *flags: str) -> subprocess.Popen[str]:
+def align(recipe: Path, *flags: str, **place: object) -> subprocess.Popen[str]:
+    """place: variables as torchrun sets them."""
     command = [sys.executable, "-m", "srppo", "align", str(recipe), "--progress", "plain", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in place.items()}}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -77,3 +79,36 @@ def test_a_run_that_was_interrupted_twice_ends_as_one_that_was_not(tmp_path: Pat
     for stage, keys, count in (("sft", ("step", "loss"), STEPS), ("ppo", ("iteration", "objective/scores", "objective/kl"), ROUNDS)):
         runs = [[[r[k] for k in keys] for r in recorded(folder, stage)] for folder in (cut, whole)]
         assert len(runs[1]) == count and runs[0] == runs[1]
+
+
+def on_two_machines(recipe: Path, *flags: str) -> list[subprocess.Popen[str]]:
+    """Two processes as if each were on a machine of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [align(recipe, *flags, RANK=rank, **where) for rank in range(2)]
+
+
+def test_sigterm_at_one_of_two_processes_saves_and_ends_both(tmp_path: Path) -> None:
+    recipes = {}
+    for name in ("cut", "whole"):
+        training = {"ppo__iterations": ROUNDS, "evaluation__continued_sft": False, "guard__keep": "last", "diagnose__enabled": False}
+        recipes[name] = tmp_path / f"{name}.yaml"
+        recipes[name].write_text(dump(tiny_job(tmp_path, output=str(tmp_path / name), **training)), encoding="utf-8")
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+
+    first, second = on_two_machines(recipes["cut"])
+    try:
+        said = interrupted(second, cut, "ppo", signal.SIGTERM)
+        _, errors = first.communicate(timeout=PATIENCE)
+    finally:
+        first.kill()
+    assert first.returncode == 143 and "--resume" in errors and "Traceback" not in errors + said
+    assert 0 < len(recorded(cut, "ppo")) < ROUNDS and not (cut / "summary.json").exists()
+
+    for name, flags in (("cut", ["--resume"]), ("whole", [])):
+        for process in on_two_machines(recipes[name], *flags):
+            finished(process)
+    weights = "policy/model.safetensors"
+    assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
