@@ -49,11 +49,11 @@ def child(recipe: str, place: str) -> None:
     import srppo.workspace
     from srppo.config import load_recipe
     from srppo.job import align
+    from srppo.meeting import start_world
     from srppo.models import sharding  # noqa: F401  torch.distributed's modules too
     from srppo.profiling.memory import MIB, resident
     from srppo.profiling.traffic import Traffic, counted
     from srppo.progress import make_progress
-    from srppo.world import start_world
 
     config, watch, here = load_recipe(recipe), Watch(), start_world()
     (torch.ones(512, 512) @ torch.ones(512, 512)).sum()  # and so are the threads and buffers of matrix products

@@ -14,10 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from srppo.errors import RunFolderError
+from srppo.meeting import start_world
 from srppo.train import checkpoint_storage as storage
 from srppo.train.checkpoint import Checkpoint, load_checkpoint, load_latest, save_checkpoint, saved_steps
 from srppo.train.saver import Saver
-from srppo.world import start_world
 
 
 def whole(step: int) -> dict[str, dict[str, Tensor]]:

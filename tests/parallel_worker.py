@@ -18,10 +18,11 @@ import torch
 
 import srppo.workspace
 from srppo import job
+from srppo.meeting import world_of_run
 from srppo.progress import make_progress
 from srppo.train import supervised, update
 from srppo.train.interrupt import Interrupt, Interrupted
-from srppo.world import world, world_of_run
+from srppo.world import world
 from tiny_job import tiny_job
 
 

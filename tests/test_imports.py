@@ -17,6 +17,8 @@ LAYERS = {
     "errors": 0,
     "memory_limit": 2,
     "world": 0,
+    "watch": 0,
+    "meeting": 0,
     "yaml_text": 0,
     "section": 0,
     "sections": 0,

@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from click.testing import CliRunner
 
-from srppo import world
+from srppo import meeting, watch, world
 from srppo.cli import cli
 from srppo.config import build, dump
 from srppo.errors import ConfigError, SrppoError
@@ -23,6 +23,7 @@ from srppo.rollout.vllm_http import Refused
 from srppo.run_folder import RunFolder
 from srppo.train.checkpoint_state import DamagedCheckpoint
 from srppo.train.interrupt import Terminated
+from srppo.watch import Watch
 
 
 def become(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,12 +63,12 @@ def test_an_error_that_all_have_is_said_by_the_first_of_a_machine(arguments: lis
 
 @pytest.mark.parametrize(("rank", "said"), [(0, "1 of 2 came within"), (1, "process 0 did not come to 127.0.0.1:1")])
 def test_one_whose_others_do_not_come_ends_with_an_error(rank: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(meeting, "MEETING", timedelta(seconds=1))
     become(rank, monkeypatch)
     if rank:
         monkeypatch.setenv("MASTER_PORT", "1")  # where nobody listens
     with pytest.raises(ConfigError, match=f"the 2 processes did not find each other: .*{said}"):
-        world.start_world()
+        meeting.start_world()
     assert world.world().alone
 
 
@@ -76,7 +77,7 @@ def test_ctrl_c_ends_the_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) ->
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        world.start_world()
+        meeting.start_world()
 
 
 class Stubborn(SrppoError):
@@ -104,33 +105,33 @@ def test_one_that_cannot_travel_is_said_all_the_same(error: Exception, kind: typ
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], world._Watch]:
+def watching(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Watch]:
     """Makes the watch of one of three processes, all of which are this one."""
     store = dist.HashStore()
-    monkeypatch.setattr(world, "_store", lambda timeout: store)
-    monkeypatch.setattr(world, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(watch, "meeting_store", lambda timeout: store)
+    monkeypatch.setattr(watch, "LOOK_EVERY", 0.01)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    return lambda rank: world._Watch(world.World(rank, 3, rank, 3))
+    return lambda rank: Watch(world.World(rank, 3, rank, 3))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
-def test_a_ctrl_c_is_told_of_once(order: tuple[int, ...], watch: Callable[[int], world._Watch]) -> None:
+def test_a_ctrl_c_is_told_of_once(order: tuple[int, ...], watching: Callable[[int], Watch]) -> None:
     """Whoever comes to it first: a process may be in a collective, out of which no signal gets it."""
     errors = [KeyboardInterrupt() for _ in order]
     for rank, error in zip(order, errors):
-        watch(rank).failed(error)
+        watching(rank).failed(error)
     assert [bool(vars(error).get("told")) for error in errors] == [False, True, True]
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143), (ConfigError("no"), 2), (ValueError(), 1)])
 def test_the_others_end_with_the_code_of_the_first_that_failed(
-    error: BaseException, code: int, watch: Callable[[int], world._Watch], monkeypatch: pytest.MonkeyPatch
+    error: BaseException, code: int, watching: Callable[[int], Watch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[int] = []
-    monkeypatch.setattr(world, "GRACE", 0.01)
-    monkeypatch.setattr(world.os, "_exit", ended.append)
-    hanging = watch(1)
-    watch(0).failed(error)
+    monkeypatch.setattr(watch, "GRACE", 0.01)
+    monkeypatch.setattr(watch.os, "_exit", ended.append)
+    hanging = watching(1)
+    watching(0).failed(error)
     limit = time.monotonic() + 20
     while not ended and time.monotonic() < limit:
         time.sleep(0.01)

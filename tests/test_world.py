@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from srppo import world
+from srppo import meeting, world
 from srppo.errors import ConfigError, LostProcess
 from srppo.models.weights import sketch
 
@@ -44,9 +44,9 @@ def test_a_sketch_tells_models_apart() -> None:
 
 
 def test_a_process_without_a_gpu_says_so() -> None:
-    world._check_gpus(1, 2)
+    meeting._check_gpus(1, 2)
     with pytest.raises(ConfigError, match=r"process 2 of this machine has no GPU, as there are 2 .*CUDA_VISIBLE_DEVICES="):
-        world._check_gpus(2, 2)
+        meeting._check_gpus(2, 2)
 
 
 class Watching:
@@ -66,9 +66,9 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[BaseException, 
 
     def end(error: BaseException, earlier: int | None = None) -> tuple[BaseException, Any]:
         watch = Watching(earlier)
-        monkeypatch.setattr(world, "_WATCH", watch)
-        monkeypatch.setattr(world, "start_world", lambda: world.World(0, 2))
-        with pytest.raises(BaseException) as found, world.world_of_run():
+        monkeypatch.setattr(meeting, "_WATCH", watch)
+        monkeypatch.setattr(meeting, "start_world", lambda: world.World(0, 2))
+        with pytest.raises(BaseException) as found, meeting.world_of_run():
             raise error
         return found.value, watch.codes[0]
 

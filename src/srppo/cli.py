@@ -55,7 +55,8 @@ class Commands(click.Group):
 def _speaks(error: BaseException) -> bool:
     """Whether this process is to tell of an error. Of several that have not met yet all have it alike as a rule, so one a machine speaks;
     the others wait meanwhile, and do so too if nobody has ended them, as the error is theirs then."""
-    from srppo.world import launched, world
+    from srppo.meeting import launched
+    from srppo.world import world
 
     if launched() and world().alone:
         if (first := os.environ.get("LOCAL_RANK", "0") == "0") or isinstance(error, KeyboardInterrupt):
@@ -67,7 +68,7 @@ def _speaks(error: BaseException) -> bool:
 
 def _process() -> str:
     """Which of several processes speaks, where it is not the first."""
-    from srppo.world import launched
+    from srppo.meeting import launched
 
     rank = os.environ.get("RANK", "0") if launched() else "0"
     return "" if rank == "0" else f"process {rank}: "
@@ -75,8 +76,8 @@ def _process() -> str:
 
 def after_interrupt(output: str | None) -> str:
     """What a run that was cut off at once (before or while it saved) left, and how to go on."""
+    from srppo.meeting import launched
     from srppo.run_folder import is_run
-    from srppo.world import launched
 
     if output is None:
         return "srppo: interrupted"
@@ -116,7 +117,7 @@ def by_the_first(command: Function) -> Function:
 
     @functools.wraps(command)
     def alone(*args: Any, **options: Any) -> Any:
-        from srppo.world import launched
+        from srppo.meeting import launched
 
         return None if launched() and os.environ.get("RANK", "0") != "0" else command(*args, **options)
 

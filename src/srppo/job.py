@@ -13,6 +13,7 @@ from srppo.diagnosis import diagnosis_stage, make_card, note_card, ppo_begun, st
 from srppo.environment import versions
 from srppo.errors import ConfigError
 from srppo.intervals import paired_gain
+from srppo.meeting import world_of_run
 from srppo.outcomes import read_answers
 from srppo.progress import Progress, make_progress
 from srppo.run_config import load_run_config
@@ -22,7 +23,7 @@ from srppo.text import counted
 from srppo.titles import stage_titles
 from srppo.train.continued import ROLE as CONTINUED
 from srppo.workspace import Workspace, open_workspace
-from srppo.world import world, world_of_run
+from srppo.world import world
 
 P = ParamSpec("P")
 R = TypeVar("R")

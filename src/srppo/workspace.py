@@ -22,6 +22,7 @@ from srppo.data.report import data_summary
 from srppo.data.sources import read_rows
 from srppo.environment import versions
 from srppo.errors import ConfigError, DataError, RunFolderError
+from srppo.meeting import start_world
 from srppo.memory_limit import limits
 from srppo.models.preference_model import PreferenceModel
 from srppo.models.roles import Roles, build_roles
@@ -38,7 +39,7 @@ from srppo.run_folder import RunFolder
 from srppo.scoring import Scorer, load_scorer
 from srppo.threads import ThreadWatch, Watched, set_threads, torch_threads
 from srppo.train.interrupt import Interrupt
-from srppo.world import start_world, world
+from srppo.world import world
 
 NOTED_EVERY = 10.0  # seconds between two notes of what the run cost
 P = ParamSpec("P")

@@ -8,9 +8,9 @@ from typing import Any
 from srppo.config import build, dump, merge
 from srppo.job import align, by_all_processes
 from srppo.lab.world import recipe, write_world
+from srppo.meeting import start_world
 from srppo.progress import Progress, make_progress
 from srppo.run_folder import RunFolder
-from srppo.world import start_world
 
 WHAT = """\
 A tiny language model was pretrained on texts by many authors: some answer string tasks right, some answer another task, some ramble,
