@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from benchmarks.race import sides
 
+from srppo.models.compiled import compiles_adapters
+
 NAME = "race_trl_ppo"
 PEERS = {
     # lora: what TRL's peft_config gives, an adapter on the policy beside a critic that is trained whole. thrifty: see race/trl_ppo.py
     "full": sides.Peer("trl_ppo", ("full", "full_thrifty"), options=("compile", "least_squares")),
-    "lora": sides.Peer("trl_ppo", ("lora", "lora_thrifty"), options=("compile", "least_squares")),
+    "lora": sides.Peer("trl_ppo", ("lora", "lora_thrifty"), options=(*(["compile"] if compiles_adapters() else []), "least_squares")),
 }
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from srppo.allocator import give_back, keep_freed_memory
+from srppo.errors import ConfigError
+from srppo.models.compiled import compiles_adapters
 from srppo.models.full_roles import FullRoles
 from srppo.models.offload import Offloaded
 from srppo.models.over_rollout import role_logprobs
@@ -37,8 +39,16 @@ def learned(made: Roles) -> list[torch.Tensor]:
     return out
 
 
+def test_compiled_layers_that_overlook_adapters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.__version__", "2.11.0+cu130")
+    with pytest.raises(
+        ConfigError, match=r"model.compile with tuning.kind lora needs torch 2.13.*this is 2.11.0\+cu130.*model.compile: false"
+    ):
+        standard_roles(save_tiny(tmp_path), "lora", compile=True)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.skipif(not compiles_adapters(), reason="an older torch"))])
 def test_compiled_layers_learn_the_same_and_decode_plainly(kind: str, tmp_path: Path) -> None:
     plain, compiled = (standard_roles(save_tiny(tmp_path / name), kind, compile=name == "compiled") for name in ("plain", "compiled"))
     for a, b in zip(learned(plain), learned(compiled), strict=True):

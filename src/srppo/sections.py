@@ -36,7 +36,8 @@ class ModelConfig(Section):
     device: str = "auto"
     """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1 …"""
     compile: bool = False
-    """torch.compile each decoder layer for scoring and training: some seconds to start, then faster. Rollouts are not compiled."""
+    """torch.compile each decoder layer for scoring and training: some seconds to start, then faster. Rollouts are not compiled.
+    In LoRA tuning it needs torch 2.13."""
     kernels: Literal["plain", "liger"] = "plain"
     """liger: Liger's fused Triton kernels for norms, rotary positions and gated MLPs, on a GPU (needs liger-kernel). They are tried on a
     few tokens, forward and backward, before they are used."""

@@ -9,6 +9,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+FOLLOWS_ADAPTERS = (2, 13)  # the first torch on which that was seen
+
+
+def compiles_adapters() -> bool:
+    """Whether this torch's compiled layers notice that another adapter is active. 2.11's do not: every role would speak as the base."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= FOLLOWS_ADAPTERS
+
 
 def compile_layers(model: PreTrainedModel) -> None:
     """Let each decoder layer run compiled; a model whose layers are not found is left as it is.

@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srppo.config import ModelConfig, RunConfig
-from srppo.errors import ModelError
-from srppo.models.compiled import compile_layers
+from srppo.errors import ConfigError, ModelError
+from srppo.models.compiled import FOLLOWS_ADAPTERS, compile_layers, compiles_adapters
 from srppo.models.critic import token_values, value_head
 from srppo.models.flat import flat_row
 from srppo.models.forward import autocasting, token_scores
@@ -405,6 +405,11 @@ def build_roles(config: RunConfig) -> Roles:
         store = FullRoles(base, load, *precisions, offload, model.compile, sharding)
     else:
         store = LoraRoles(base, config.tuning, source, config.seed, model.allow_pickle)
+        if model.compile and not compiles_adapters():
+            raise ConfigError(
+                f"model.compile with tuning.kind lora needs torch {'.'.join(map(str, FOLLOWS_ADAPTERS))}: the compiled layers of older "
+                f"ones (this is {torch.__version__}) overlook which adapter is active. Set model.compile: false"
+            )
         if model.compile:
             compile_layers(base)
     return Roles(store, tokenizer, special, model, source, device)
