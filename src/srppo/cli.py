@@ -439,6 +439,11 @@ def main() -> None:
     try:
         try:
             cli(prog_name="srppo")
+        except SystemExit as done:
+            from srppo.meeting import end
+
+            end(done.code if isinstance(done.code, int) else int(done.code is not None))
+            raise
         finally:
             sys.stdout.flush()  # here, where its failure can be told
     except OSError as error:

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def _check_gpus(local: int, gpus: int) -> None:
         )
 
 
-def _leave() -> None:
+def _leave(destroy: bool = True) -> None:
     """At the end of a process: part from the others, unless something went wrong and they may not answer."""
     import torch.distributed as dist
 
@@ -92,8 +93,24 @@ def _leave() -> None:
             with contextlib.suppress(Exception):
                 world().barrier()  # rank 0 may hold the store
         _WATCH.stop()
-        if well:
+        if well and destroy:
             dist.destroy_process_group()
+
+
+def end(code: int) -> None:
+    """One of several processes ends here, for good; in a plain one this does nothing.
+
+    What was registered for the end is done, but nothing is taken apart: a thread of a library that was still at work then was seen to
+    take the finished process down with SIGABRT, which torchrun takes for a failure of the run.
+    """
+    if world().alone:
+        return
+    atexit.unregister(_leave)
+    _leave(destroy=False)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager
