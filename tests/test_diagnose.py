@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import srppo
+from srppo import workspace
 from srppo.config import RunConfig, build, merge
 from srppo.diagnose import Checkpoints
 from srppo.diagnose.candidates import Pair, choose_pair, suggest_beta
@@ -279,6 +280,17 @@ def test_a_path_as_numerator_without_ppo(tmp_path: Path) -> None:
     srppo.run_sft(tiny_job(tmp_path, output=str(tmp_path / "first")), **QUIET)
     config = tiny_job(tmp_path, ppo__iterations=0, reward__checkpoint=str(tmp_path / "first/sft"), **SMALL)
     assert run_diagnose(config, **QUIET)["decision"]["numerator"] == "reward"
+
+
+def test_without_room_for_two_models_there_is_no_preview_by_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where weights are spread and vLLM decodes."""
+    load = workspace._load
+    monkeypatch.setattr(workspace, "_load", lambda *given: replace(load(*given), extrapolator=None))
+    card = run_diagnose(tiny_job(tmp_path, **SMALL), progress=make_progress("plain"))
+    assert {p["name"].split(",")[0] for p in card["preview"]} == {"base", "sft", "weights"}
+    assert "no preview by logits" in capsys.readouterr().out
 
 
 def test_an_sft_of_another_architecture_has_no_preview_by_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

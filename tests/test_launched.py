@@ -76,8 +76,22 @@ def test_ctrl_c_ends_the_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) ->
     become(0, monkeypatch)
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        meeting.start_world()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            meeting.start_world()
+    finally:
+        timer.cancel()
+
+
+def test_the_end_of_one_of_several_is_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(meeting.os, "_exit", ended.append)
+    meeting.end(3)
+    assert not ended  # a plain process ends as ever
+    monkeypatch.setattr(world, "_WORLD", world.World(1, 2))
+    monkeypatch.setattr(meeting.atexit, "_run_exitfuncs", lambda: ended.append(-1))
+    meeting.end(3)
+    assert ended == [-1, 3]
 
 
 class Stubborn(SrppoError):

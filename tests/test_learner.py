@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from srppo.records import LossOutput
-from srppo.train.learner import Learner, cosine_lr, scheduled_lr
+from srppo.train.learner import Learner, cosine_lr, scheduled_lr, with_last
 
 
 def cloned(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -26,6 +26,10 @@ def quadratic(parameter: Parameter, targets: torch.Tensor) -> LossOutput:
 def make(value: float = 1.0, **options: float) -> tuple[Parameter, Learner]:
     parameter = Parameter(torch.tensor([value], dtype=torch.float64))
     return parameter, Learner({"p": parameter}, learning_rate=0.1, max_grad_norm=options.pop("max_grad_norm", 1e9), **options)
+
+
+def test_the_last_is_known() -> None:
+    assert [list(with_last(range(n))) for n in (0, 1, 3)] == [[], [(0, True)], [(0, False), (1, False), (2, True)]]
 
 
 def test_micro_batches_of_any_size_take_the_same_step() -> None:

@@ -115,7 +115,12 @@ def test_a_step_begun_again_starts_from_zero_gradients() -> None:
 
 def test_the_layers_below_are_cut_finer_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """tuning.lora_layers: the first pass over a rollout, whose states are kept."""
-    config = tiny_job(tmp_path, kind="lora", tuning__lora_layers=1, ppo__iterations=1, diagnose__enabled=False, guard__every=0)
+    changes: dict[str, Any] = {"diagnose__enabled": False, "guard__every": 0, "evaluation__continued_sft": False, "ppo__critic_warmup": 0}
+    enough, config = (
+        tiny_job(tmp_path, kind="lora", output=str(tmp_path / name), tuning__lora_layers=1, ppo__iterations=1, **changes)
+        for name in ("enough", "little")
+    )
+    run(enough)
     states, rows = Roles.prefix_states, []
 
     def prefix_states(self: Roles, batch: TokenBatch) -> torch.Tensor:
@@ -127,6 +132,8 @@ def test_the_layers_below_are_cut_finer_too(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Roles, "prefix_states", prefix_states)
     run(config)
     assert limits.halved >= 3 and sum(rows) >= 8
+    one, other = (weights(tmp_path / name / "policy") for name in ("enough", "little"))
+    assert all(torch.allclose(one[name], other[name], atol=2e-4) for name in one)
 
 
 def test_a_whole_run_in_too_little_memory_ends_as_one_in_enough(

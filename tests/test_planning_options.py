@@ -183,3 +183,34 @@ def test_what_a_fit_needs_is_what_the_fit_makes() -> None:
 def test_more_layers_than_there_are_cannot_be_planned(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"lora_layers is 3, but .* has 2 decoder layers"):
         plan_of(tiny_job(tmp_path, kind="lora", tuning__lora_layers=3))
+
+
+MIXED = {"model__dtype": "float32", "model__frozen_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_reward_card_is_planned(size: int, tmp_path: Path) -> None:
+    """SFT, another start and the preview's weights in float32, base in bfloat16; three models decode the preview, a third of the rows."""
+    config = tiny_job(tmp_path, **MIXED, diagnose__heldout=64, diagnose__samples=8, evaluation__batch_size=60)
+    plan = plan_of(config, replace(GPU, count=size), activations=False)
+    architecture = read_architecture(config.model)
+    n, found = architecture.counts.total, phase(plan, "reward card")
+    assert sums(found, "weights") == (2 + 3 * 4) * n // size
+    assert sums(found, "gathered copy") == (0 if size == 1 else (2 + 4 + 4) * n)
+    rows = 20
+    assert sums(found, "kv cache") >= 3 * rows * (40 + 24) * architecture.cache_elements * 4
+    assert sums(found, "kv cache") < 4 * rows * (40 + 24 + 2 * 64) * architecture.cache_elements * 4
+    for off in ({"diagnose__enabled": False}, {"reward__kind": "preference_model", "reward__preference_model": "x"}):
+        assert all(p.name != "reward card" for p in plan_of(tiny_job(tmp_path, **off), activations=False).phases)
+    alone = phase(plan_of(tiny_job(tmp_path, **MIXED, diagnose__preview=False), activations=False), "reward card")
+    assert sums(alone, "weights") == (2 + 2 * 4) * n
+
+
+def test_together_models_decode_so_many_times_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[int] = []
+    said = torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2)
+    monkeypatch.setattr(TorchEngine, "_decode", lambda *given: (widths.append(given[-1]), said)[1])
+    engine = TorchEngine(tiny_roles(tiny_job(tmp_path).model.name, "full").special, 7)
+    for models in (1, 2, 3, 9):
+        engine.generate_by(None, None, [[8]] * 4, [1] * 4, Sampling(2), models=models)  # type: ignore[arg-type]
+    assert widths == [7, 3, 2, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from srppo.planning.processes import Links, Processes, links_of, processes_of, r
 from srppo.planning.reliability import LEAST_WRITE, reliability
 from srppo.planning.remedy import find_enough, find_remedy
 from srppo.planning.traffic import Flow, Micros, Network, flows
-from srppo.profiling.traffic import Traffic, counted
+from srppo.profiling.traffic import BESIDE, Traffic, counted
 from srppo.records import LossOutput
 from srppo.train.learner import Learner
 from tiny_job import tiny_job
@@ -211,6 +212,17 @@ def test_a_rollout_gathers_the_policy_once(tmp_path: Path) -> None:
                 states(model)
     weights = Network(describe(architecture, settings), settings, Processes(4, 4, 4), LINKS).rollout(LENGTHS)[0]
     assert by_kind([weights]) == (traffic.bytes, traffic.calls)
+
+
+@pytest.mark.parametrize(("name", "counts"), [("autograd", 1), (BESIDE, 0)])
+def test_what_other_threads_send_counts_but_for_checkpoints(name: str, counts: int) -> None:
+    """A GPU's backward pass has a thread of its own."""
+    with pretended(2), counted(Traffic()) as traffic:
+        traffic.take()
+        thread = threading.Thread(target=lambda: dist.all_reduce(torch.ones(8)), name=name)
+        thread.start()
+        thread.join()
+    assert traffic.calls["all-reduce"] == counts
 
 
 def test_with_whole_copies_gradients_alone_are_summed_once_a_step(tmp_path: Path) -> None:

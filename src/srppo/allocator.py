@@ -12,18 +12,18 @@ MMAP_THRESHOLD = 32 * 2**20  # the most that glibc takes
 KEEP = 2**31 - 1
 
 
-def keep_freed_memory(spread: bool = False) -> bool:
+def keep_freed_memory(several: bool = False) -> bool:
     """Let freed tensors of up to 32 MB be used again instead of going back to the kernel. Returns whether that was done.
 
     glibc gives large blocks back when they are freed, and the kernel hands out zeroed pages anew at each use: in training on a
     CPU that is 3 to 8 % of the time. The peak of memory stays as it was (measured: docs/log.md). Linux with glibc only; does
     nothing where the user has set MALLOC_* or GLIBC_TUNABLES, or runs another allocator by LD_PRELOAD.
-    spread: of several processes; gloo's threads then take their buffers from the one heap, not each from one of its own.
+    several: of several processes; gloo's threads then take their buffers from the one heap, not each from one of its own.
     """
     mallopt = _function("mallopt")
     if mallopt is None:
         return False
-    if spread:
+    if several:
         mallopt(M_ARENA_MAX, 1)
     return bool(mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)) and bool(mallopt(M_TRIM_THRESHOLD, KEEP))
 

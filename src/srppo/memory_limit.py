@@ -48,7 +48,8 @@ class MemoryLimits:
         """work(size), again with half of it for as long as memory runs out. It must be such that it can begin anew.
 
         least: a size that cannot be divided: one row's tokens, or one row. alone: no other process waits for this one in `work`, wherever
-        the weights are. Raises TrainingStopped where the least does not fit either, MemoryRanOut where it cannot begin anew.
+        the weights are. Raises TrainingStopped where the least does not fit either, MemoryRanOut where it cannot
+        begin anew, and of several processes in either case.
         """
         while True:
             size = self.size(key, asked)

@@ -170,15 +170,15 @@ def open_workspace(
     if not here.alone:
         progress.note(f"{here.size} processes, {here.local_size} on this machine")
     progress.note(set_threads(config.threads))
-    keep_freed_memory(spread=not here.alone)
+    keep_freed_memory(several=not here.alone)
     progress = Watched(progress, ThreadWatch(progress.warn, torch_threads))
     text = dump(config)
+    here.check_alike({"configuration": text, "libraries": repr(versions()), "choice of --resume or --overwrite": repr((resume, overwrite))})
     here.once(lambda: RunFolder.check(config.output, resume=resume, overwrite=overwrite, config_yaml=text, may_differ=may_differ))
     here.once(lambda: check_inputs(config))  # rank 0 first, so that what a hub data set needs is there for the others
     judging = ppo and config.reward.kind == "preference_model" and config.ppo.iterations > 0
     if resume and here.once(lambda: (Path(config.output) / "stages/ppo.json").is_file()):
         judging = False  # PPO is done
-    here.check_alike({"configuration": text, "libraries": repr(versions())})  # before they load together what these name
     loading = Ledger()
     with loading.stage("load"):
         loaded = _load(config, progress, judging)  # before the folder is touched: a wrong model or file leaves no trace
@@ -249,9 +249,9 @@ def _load(config: RunConfig, progress: Progress, judging: bool) -> Loaded:
     limits.begin(progress.warn, apart=not roles.spread)
     sizes = (config.rollout.batch_size, evaluation.batch_size)
     fast = {"cuda_graphs": config.rollout.cuda_graphs, "merge_adapters": config.rollout.merge_adapters}
-    own, extrapolator = (TorchEngine(roles.special, rows, config.model.autocast, **fast) for rows in sizes)
+    own, judging_engine = (TorchEngine(roles.special, rows, config.model.autocast, **fast) for rows in sizes)
     engine: RolloutEngine = own
-    judge: RolloutEngine = extrapolator
+    judge: RolloutEngine = judging_engine
     if config.rollout.engine == "vllm":
         known = [*prompts, *judged_prompts, *demonstrations.heldout_prompts, *(others.prompts if others else [])]
         longest = max((len(p.ids) for p in known), default=0)
@@ -270,7 +270,7 @@ def _load(config: RunConfig, progress: Progress, judging: bool) -> Loaded:
         scorer,
         engine,
         judge,
-        None if roles.spread and config.rollout.engine == "vllm" else extrapolator,
+        None if roles.spread and config.rollout.engine == "vllm" else judging_engine,
         sampling,
         summary.to_dict(),
         preference_model,

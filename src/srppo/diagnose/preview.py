@@ -39,7 +39,7 @@ def preview_rows(
     made: list[tuple[str, list[Responses]]] = []
     prompts = [[p.ids for p in g.prompts] for g in groups]
     with checkpoints.role(gatherer.roles, start) as role:
-        if gatherer.extrapolator is None:
+        if beta > 0 and gatherer.extrapolator is None:
             note("reward card: no preview by logits, as no process holds two whole models where weights are spread and vLLM decodes")
         elif beta > 0:
             with checkpoints.role(gatherer.roles, numerator, loaded_as=NUMERATOR) if numerator != start else nullcontext(role) as top:

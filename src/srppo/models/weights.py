@@ -28,7 +28,7 @@ def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def sketch(module: nn.Module) -> str:
-    """Of 64 values a parameter: the same for the same weights, and with near certainty for no others."""
+    """Of some values of each parameter: tells models that were trained apart, not ones in which little was changed."""
     sums = hashlib.blake2b(digest_size=16)
     for name, parameter in module.named_parameters():
         values = parameter.detach().reshape(-1)

@@ -167,11 +167,12 @@ def _card(config: RunConfig) -> Card | None:
         return None
     several = sft.checkpoint is None and len(sft.checkpoints_at) > 1
     starts = several and sft.keep == "auto"
+    elsewhere = isinstance(reward.checkpoint, str) and reward.checkpoint not in ("auto", "sft")  # a numerator of its own, loaded before
     apart = reward.checkpoint != "sft" and (several or reward.checkpoint != "auto")  # the numerator may be another than the start
     return Card(
         max(card.heldout, card.prompts) * card.samples,
         card.samples,
-        loads=max(starts + card.preview, starts or apart),
+        loads=max(starts + card.preview, starts or apart) + elsewhere,
         together=(3 if apart else 2) if card.preview else 0,
     )
 

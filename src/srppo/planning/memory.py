@@ -180,19 +180,22 @@ def phases(
         return copy + merged + [Item(role, purpose, size) for purpose, size in parts.items()]
 
     def looking(card: Card) -> list[Item]:
-        """The reward card: the checkpoints it loads, and what it decodes with one of them or, for its preview, with several together."""
-        loaded = Item("sft", "weights", card.loads * (p.holds(n * frozen) if s.full else held(trained["sft"])), away and s.full)
+        """The reward card: the SFT, which is frozen later, and other checkpoints in the trained precision; and what it decodes with one of
+        them or, for its preview, with several together, or the base once more, from which it extrapolates."""
+        one = held(trained["sft"])
+        checkpoints = [Item("sft", "weights", size, away and s.full) for size in (one, card.loads * one)]
         rows = min(s.evaluation_rows, p.rows(card.rows))
         ways = [decoding("sft", rows, -(-rows // card.samples))]
+        if card.together and s.full and each != frozen:
+            ways.append([Item("base", "weights", one, away)])
         if card.together and not (sharded and s.engine != "torch"):
             rows = min(max(1, s.evaluation_rows // card.together), rows)  # keys and values of each model
             parts = decoding_peak(model, rows, rows, lengths, cache_each, passes["prefill"], passes["decode"])
             parts["kv cache"] *= card.together
             parts["logits"] = parts.get("logits", 0) + 4 * rows * model.counts.vocabulary  # of the one before, weighted
-            copies = (card.together if s.full else 1) * sharded
-            parts["gathered copy"] = copies * n * frozen
+            parts["gathered copy"] = sharded * n * (frozen + ((card.together - 1) * each if s.full else 0))
             ways.append([Item("sft", purpose, size) for purpose, size in parts.items() if size])
-        return [loaded, *max(ways, key=lambda items: sum(i.bytes for i in items if not i.host))]
+        return [*checkpoints, *max(ways, key=lambda items: sum(i.bytes for i in items if not i.host))]
 
     base = Item("base", "weights", p.holds(n * frozen), away)
     first = base if gpu else Item("base", "weights", n * frozen)  # spread when all of it is there
@@ -216,7 +219,7 @@ def phases(
     else:
         scoring = tuple(resting)
     if s.card is not None:
-        out.append(Phase("reward card", (*scoring, *beside, *looking(s.card))))
+        out.append(Phase("reward card", (base, *beside, *looking(s.card))))
     learners = [item for role in ("policy", "critic") if role in trained for item in trainee(role)]
     rows = min(s.rollout_rows, p.rows(s.rollouts))
     asked = lengths.evaluated * s.samples if lengths.evaluated is not None else s.evaluation_rows

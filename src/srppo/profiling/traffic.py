@@ -27,6 +27,9 @@ KINDS = {
 }
 
 
+BESIDE = "srppo-checkpoint"  # the thread that writes while training goes on: not of what the round sends
+
+
 def sent(kind: str, size: int, group: int) -> float:
     """Bytes that each of `group` processes sends in a ring. size: of its own part (all-gather: what it gives, reduce-scatter: what it
     gets, others: the whole tensor). See planning/processes.py; a broadcast counts whole in each."""
@@ -77,7 +80,7 @@ def _counting(function: Callable[..., Any], kind: str, argument: str, traffic: T
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         by_way = getattr(inside, "busy", False)  # one of them by way of another
-        if by_way or threading.current_thread() is not threading.main_thread():  # whose checkpoint is written beside the training
+        if by_way or threading.current_thread().name == BESIDE:  # on a GPU backward passes have threads of their own
             return function(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         tensor: Tensor = given[argument]

@@ -111,13 +111,14 @@ class TorchEngine:
         check_lengths([len(p) for p in rows], limit, room)
         here = world()
         began, stats = time.perf_counter(), DecodeStats()
+        key = KEY if models == 1 else f"{KEY} (of {models} models together)"  # whose limit is no other's
         share = deal([len(p) + limit for p in rows], here.size)[here.rank]
 
         def decode_share() -> tuple[list[int], Tensor, Tensor]:
             def decode(width: int) -> tuple[Tensor, Tensor]:
                 return self._decode(step, [rows[r] for r in share], [seeds[r] for r in share], sampling, on_progress, stats, width)
 
-            return share, *limits.within(KEY, self.batch_size, 1, lambda size: decode(max(1, size // models)), alone=True)
+            return share, *limits.within(key, max(1, self.batch_size // models), 1, decode, alone=True)
 
         decoded = here.each(decode_share)
         if on_progress is not None and not here.alone:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from srppo.profiling.traffic import BESIDE
 from srppo.train.checkpoint import Checkpoint, flat, save_checkpoint
 from srppo.world import world
 
@@ -34,7 +35,7 @@ class Saver:
         if not self._background:
             save_checkpoint(self._folder, checkpoint, self._keep)
             return
-        self._thread = threading.Thread(target=self._write, args=(checkpoint, staged(checkpoint)), name="srppo-checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(checkpoint, staged(checkpoint)), name=BESIDE)
         self._thread.start()
 
     def _write(self, checkpoint: Checkpoint, copies: dict[str, Tensor]) -> None:
