@@ -49,7 +49,7 @@ def child(recipe: str, place: str) -> None:
     import srppo.workspace
     from srppo.config import load_recipe
     from srppo.job import align
-    from srppo.meeting import start_world
+    from srppo.meeting import end, start_world
     from srppo.models import sharding  # noqa: F401  torch.distributed's modules too
     from srppo.profiling.memory import MIB, resident
     from srppo.profiling.traffic import Traffic, counted
@@ -84,6 +84,7 @@ def child(recipe: str, place: str) -> None:
     peak = round(resident().so_far()[""] * MIB)  # srppo's own phases reset the system's
     found = {"peak": peak - watch.start, "start": watch.start, "sent": sent, "link": link}
     (Path(place) / f"{here.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    end(0)
 
 
 def gloo() -> dict[str, float]:
